@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 Headers = Iterable[tuple[str, str]]
 
+# The peer, or another task of ours, has closed the stream.
+_GONE: Final = (trio.BrokenResourceError, trio.ClosedResourceError)
+_LOOK_FOR_ROOM_S: Final = 0.05
 _MAX_REJECTION_BYTES: Final = 64 * 1024
 _MAX_HEAD_BYTES: Final = 64 * 1024
 
@@ -201,6 +204,7 @@ class WebSocket:
         deadline = trio.current_time() + self._close_timeout_s
         try:
             with trio.move_on_at(deadline):
+                self._raise_if_closed()
                 await self._send_control(CloseConnection(code, reason), deadline)
                 async with self._read:
                     while True:
@@ -232,7 +236,7 @@ class WebSocket:
     async def _read_some(self) -> None:
         try:
             data = await self._stream.receive_some()
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
+        except _GONE:
             data = b""
         if data:
             self.heard_at = trio.current_time()
@@ -263,7 +267,7 @@ class WebSocket:
                 data, self._pong = self._protocol.send(self._pong) + data, None
             try:
                 await self._stream.send_all(data)
-            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            except _GONE as error:
                 # Nothing is closed here: the peer may have said why, and that is still to be received.
                 self._raise_if_closed()
                 raise ConnectionClosed(1006, "the peer takes no more data") from error
@@ -277,10 +281,10 @@ class WebSocket:
         # itself stuck in a send until we read on. So `receive` must not wait here; the next frame takes it along.
         while self._pong is not None and not self._write.locked():
             async with self._write:
-                with trio.move_on_after(0) as scope:
+                with trio.move_on_after(_LOOK_FOR_ROOM_S) as scope:
                     try:
                         await self._stream.wait_send_all_might_not_block()
-                    except (trio.BrokenResourceError, trio.ClosedResourceError):
+                    except _GONE:
                         return
                 if scope.cancelled_caught:
                     return
@@ -305,7 +309,7 @@ class WebSocket:
         closes = isinstance(event, CloseConnection)
         if state is not ConnectionState.OPEN and not (closes and state is ConnectionState.REMOTE_CLOSING):
             return
-        with trio.move_on_at(deadline, shield=True) as scope, contextlib.suppress(trio.BrokenResourceError):
+        with trio.move_on_at(deadline, shield=True) as scope, contextlib.suppress(*_GONE):
             await self._stream.send_all(self._protocol.send(event))
         if scope.cancelled_caught:
             await self._end(1006, "the peer does not read")
@@ -362,7 +366,7 @@ class _Handshake:
                     break
                 self._take(event)
         except h11.RemoteProtocolError as error:
-            if self.status is None:
+            if self.status is None and data:
                 raise HandshakeFailed(f"no answer of HTTP/1.1 to the upgrade: {error}") from error
             self.done = True
         if not data:
