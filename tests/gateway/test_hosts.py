@@ -31,8 +31,18 @@ def test_the_names_of_this_machine_are_always_ours(host):
 
 @pytest.mark.parametrize(
     "host",
-    ["evil.example", "evil.example:8000", "localhost.evil.example", "evil-localhost", "127.0.0.1.evil.example"]
-    + ["192.0.2.1", "[2001:db8::1]", "0x7f.1", "2130706433", "lab.example"],
+    [
+        "evil.example",
+        "evil.example:8000",
+        "localhost.evil.example",
+        "evil-localhost",
+        "127.0.0.1.evil.example",
+        "192.0.2.1",
+        "[2001:db8::1]",
+        "0x7f.1",
+        "2130706433",
+        "lab.example",
+    ],
 )
 def test_a_rebound_name_is_refused_with_the_setting_that_would_allow_it(host):
     with pytest.raises(HostNotAllowed, match="allowed_hosts") as caught:
@@ -42,8 +52,25 @@ def test_a_rebound_name_is_refused_with_the_setting_that_would_allow_it(host):
 
 @pytest.mark.parametrize(
     "host",
-    ["", " ", "a b", "user@localhost", "localhost/evil", "localhost#", "localhost?", "local\\host", "[::1", ":80"]
-    + ["localhost:x", "localhost:99999", "h\xe9", "<script>", "localhost%00", "%6cocalhost", "localhost,evil"],
+    [
+        "",
+        " ",
+        "a b",
+        "user@localhost",
+        "localhost/evil",
+        "localhost#",
+        "localhost?",
+        "local\\host",
+        "[::1",
+        ":80",
+        "localhost:x",
+        "localhost:99999",
+        "hé",
+        "<script>",
+        "localhost%00",
+        "%6cocalhost",
+        "localhost,evil",
+    ],
 )
 def test_a_host_that_is_none_is_refused(host):
     with pytest.raises(Refused):
@@ -89,8 +116,18 @@ def test_pages_of_our_own_hosts_are_let_in(host, origin):
 
 @pytest.mark.parametrize(
     "origin",
-    ["null", "", "https://evil.example", "https://agents.example.org.evil.example", "file://localhost"]
-    + ["chrome-extension://localhost", "https://user@localhost", "localhost", "http://", "http://evil@localhost"],
+    [
+        "null",
+        "",
+        "https://evil.example",
+        "https://agents.example.org.evil.example",
+        "file://localhost",
+        "chrome-extension://localhost",
+        "https://user@localhost",
+        "localhost",
+        "http://",
+        "http://evil@localhost",
+    ],
 )
 def test_pages_of_other_sites_are_refused(origin):
     for check in (LOCAL, PUBLIC):
