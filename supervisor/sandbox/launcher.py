@@ -84,9 +84,7 @@ class AgentProcess(Protocol):
 class Launcher(Protocol):
     """One way to run agents, such as the plain process launcher."""
 
-    async def run(
-        self, spec: AgentSpec, *, task_status: trio.TaskStatus[AgentProcess] = ...
-    ) -> None:
+    async def run(self, spec: AgentSpec, *, task_status: trio.TaskStatus[AgentProcess] = ...) -> None:
         """Starts the agent, calls `task_status.started(process)` once its program runs, and owns its tree.
 
         Returns when the tree is empty: by itself after the main process exited (the rest of the tree is
