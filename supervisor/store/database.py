@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.pool import QueuePool, StaticPool
 
-from ..errors import ConfigError, StoreError, SupervisorError
+from ..errors import ConfigError, StoreError
 from .lock import sync_directory
 from .schema import migrate
 
@@ -133,20 +133,18 @@ def open_database(path: Path | None) -> sa.Engine:
         sync_directory(path.parent)
     engine = open_engine(path)
     try:
-        with engine.connect() as connection:
-            found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
-        if found != "ok":
-            raise _damaged(path, str(found))
         with transaction(engine) as connection:
+            found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
+            if found != "ok":
+                raise _damaged(path, " ".join(str(found).split()))
             migrate(connection)
-    except BaseException as error:
+    except StoreError as error:
         engine.dispose()
-        cause = error.__cause__ if isinstance(error, StoreError) else error
-        if isinstance(cause, _DriverError) and (fault := _fault(cause)):
-            if fault in _DAMAGED:
-                raise _damaged(path, _said(cause)) from error
-            if not isinstance(error, SupervisorError):
-                raise StoreError(f"the store {path} cannot be opened: {_FAULTS[fault]} ({_said(cause)})") from error
+        if error.__cause__ and _fault(error.__cause__) in _DAMAGED:
+            raise _damaged(path, _said(error.__cause__)) from error
+        raise
+    except BaseException:
+        engine.dispose()
         raise
     return engine
 
