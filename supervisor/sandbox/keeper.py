@@ -35,6 +35,8 @@ _FORWARDED: Final = {
     signal.SIGUSR1,
     signal.SIGUSR2,
 }
+# Why blocked and not ignored: what is ignored stays so over an exec, and each agent would have to undo it.
+_BLOCKED: Final = {*_FORWARDED, signal.SIGPIPE, signal.SIGCHLD}
 _MAX_REQUEST_BYTES: Final = 1024 * 1024
 _MIN_FDS: Final = 4
 _MAX_FDS: Final = 5
@@ -70,9 +72,13 @@ class _Keeper:
         self._poll.register(control, select.POLLIN)
 
     def run(self) -> int:
-        wakeup = shim.open_wakeup({signal.SIGCHLD, *(_FORWARDED if self._is_init else ())})
+        handled = {signal.SIGCHLD, *(_FORWARDED if self._is_init else ())}
+        wakeup = shim.open_wakeup()
         self._poll.register(wakeup, select.POLLIN)
-        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        for number in handled:
+            signal.signal(number, _do_nothing)
+        self._blocked = _BLOCKED - handled
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._blocked)
         # Beside the control socket, since a fork of the supervisor's program may hold a copy of that.
         parent = None if self._is_init else _watch(os.getppid())
         if parent is not None:
@@ -123,7 +129,7 @@ class _Keeper:
         """Whether there is a shim now, and the status socket and the lock are kept for it."""
         request = json.loads(data)
         # A signal between the fork and the shim's own handlers would be taken for one of the keeper's.
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        signal.pthread_sigmask(signal.SIG_SETMASK, _BLOCKED)
         try:
             pid = os.fork()
             if pid == 0:
@@ -136,7 +142,7 @@ class _Keeper:
                 os.write(handles.status, json.dumps(told).encode())
             return False
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, [])
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._blocked)
 
     def _reap(self) -> bool:
         """Whether children are left."""
@@ -217,6 +223,10 @@ def _become_shim(request: dict[str, Any], handles: shim.Handles, lifeline: int) 
         os._exit(code)
 
 
+def _do_nothing(_number: int, _frame: object) -> None:
+    """Its byte in the wakeup pipe is all that a signal does."""
+
+
 def _watch(pid: int) -> int | None:
     try:
         return os.pidfd_open(pid)
@@ -236,7 +246,7 @@ def main(argv: list[str]) -> int:
         signal.signal(number, signal.SIG_DFL)
     control = socket.socket(fileno=int(argv[1]))
     control.set_inheritable(False)
-    kernel.prctl(kernel.PR_SET_NAME, b"tenantry-keeper")
+    kernel.set_name("tenantry-keeper")
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
     kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
     keeper = _Keeper(control, int(argv[2]) if len(argv) > 2 else None)

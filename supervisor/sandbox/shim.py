@@ -18,33 +18,17 @@ import select
 import signal
 import socket
 import time
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn
 
 from supervisor.sandbox import kernel, tree
 
-if TYPE_CHECKING:
-    from collections.abc import Collection
-
-_LISTENER_FD: Final = 3
 _LINK_FD: Final = 4
-# Above every number that the agent is given.
-_FIRST_FREE_FD: Final = 16
+_FIRST_FREE_FD: Final = 5
 _EXEC_FAILED: Final = 127
 _LOCK_RETRY_S: Final = 0.005
 # Between two looks at a tree that does not empty: an uninterruptible wait in the kernel may take long.
 _SHORTEST_WAIT_S: Final = 0.001
 _LONGEST_WAIT_S: Final = 0.05
-# All that the keeper and its forks ever change; the keeper makes every other one the default when it starts.
-_HANDLED: Final = (
-    signal.SIGTERM,
-    signal.SIGINT,
-    signal.SIGHUP,
-    signal.SIGQUIT,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-    signal.SIGPIPE,
-    signal.SIGCHLD,
-)
 _BUSY: Final = (
     "its workspace is busy: processes of an earlier agent in it are not gone yet, or another supervisor "
     "uses the same state directory"
@@ -65,10 +49,10 @@ class Handles(NamedTuple):
 
 
 def run(request: dict[str, Any], handles: Handles, lifeline: int) -> None:
-    """In the fork, with all signals blocked; returns when nothing is left. `lifeline` ends with the keeper."""
+    """In the fork, with the keeper's signals blocked; returns when nothing is left. `lifeline` ends with the keeper."""
     os.setsid()
     kernel.close_all_but({0, 1, 2, lifeline, handles.status, handles.lock, *handles.of_agent()})
-    kernel.prctl(kernel.PR_SET_NAME, b"tenantry-shim")
+    kernel.set_name("tenantry-shim")
     kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
     _Shim(request, handles, lifeline).run()
 
@@ -78,8 +62,8 @@ class _Shim:
         self._request = request
         self._handles = handles
         self._lifeline = lifeline
-        self._status = socket.socket(fileno=handles.status)
-        self._wakeup = open_wakeup({signal.SIGCHLD})
+        self._status = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, handles.status)
+        self._wakeup = open_wakeup()
         # The agent's process, until it was reaped.
         self._main: int | None = None
         # Where the fork tells why it could not become the agent; None once that is known.
@@ -135,7 +119,7 @@ class _Shim:
             os.close(fd)
         self._poll.register(self._errors, select.POLLIN)
         self._poll.register(self._wakeup, select.POLLIN)
-        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
 
     def _turn(self) -> None:
         ready = {fd for fd, _ in self._poll.poll()}
@@ -215,17 +199,11 @@ class _Shim:
             self._status.send(json.dumps(message).encode(), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
 
-def open_wakeup(numbers: Collection[signal.Signals]) -> int:
-    """The end of a pipe that gets each of these signals as a byte; the others that are usually sent are ignored."""
+def open_wakeup() -> int:
+    """The end of a pipe that gets the number of every signal that has a handler as a byte."""
     readable, writable = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
-    for number in _HANDLED:
-        signal.signal(number, _do_nothing if number in numbers else signal.SIG_IGN)
     return readable
-
-
-def _do_nothing(_number: int, _frame: object) -> None:
-    """Its byte in the pipe is all that a signal does."""
 
 
 def _become_agent(request: dict[str, Any], handles: Handles, errors: int, shim: int) -> NoReturn:
@@ -242,8 +220,6 @@ def _become_agent(request: dict[str, Any], handles: Handles, errors: int, shim: 
         doing = f"enter {request['cwd']}"
         os.chdir(request["cwd"])
         os.umask(0o077)
-        for number in _HANDLED:
-            signal.signal(number, signal.SIG_DFL)
         environment = {**request["env"], "LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid())}
         if handles.link is not None:
             environment["TENANTRY_LINK_FD"] = str(_LINK_FD)
@@ -252,6 +228,7 @@ def _become_agent(request: dict[str, Any], handles: Handles, errors: int, shim: 
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         for name, limit in request["limits"].items():
             resource.setrlimit(getattr(resource, name), tuple(limit))
+        # The keeper blocks signals and handles some, but ignores none: after the exec all are the default.
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         doing = f"execute {argv[0]}"
         os.execvpe(argv[0], argv, environment)
@@ -267,13 +244,18 @@ def _become_agent(request: dict[str, Any], handles: Handles, errors: int, shim: 
 
 
 def _arrange_fds(handles: Handles, errors: int) -> int:
-    """0 is empty, 1 and 2 the output, 3 the listening socket, 4 the link; and the pipe, whose number it returns."""
-    null = os.open(os.devnull, os.O_RDONLY)
+    """0 is empty, 1 and 2 the output, 3 the listening socket, 4 the link; returns the pipe's number.
+
+    All else is close-on-exec: the shim began by closing what it does not know.
+    """
+    null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
     output, *rest = handles.of_agent()
     # First out of the way of the numbers that are given out.
-    sources = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE_FD) for fd in (null, output, output, *rest, errors)]
+    sources = [
+        fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE_FD) if fd < _FIRST_FREE_FD else fd
+        for fd in (null, output, output, *rest, errors)
+    ]
     errors = sources.pop()
     for target, fd in enumerate(sources):
         os.dup2(fd, target, inheritable=True)
-    kernel.close_all_but({*range(len(sources)), errors})
     return errors
