@@ -258,8 +258,10 @@ class Authenticator:
         if not self._settings.auth.enabled:
             return _EVERYBODY
         tokens, tickets = _bearer_tokens(headers, upgrade=upgrade), set[str]()
-        pairs = [pair for pair in _query(query) if pair[0] in ("token", "ticket")]
-        if pairs and not upgrade and not tokens:
+        # Whose header says it all is not asked for the rest.
+        parsed = _query(query) if upgrade or not tokens else []
+        pairs = [pair for pair in parsed if pair[0] in ("token", "ticket")]
+        if pairs and not upgrade:
             raise NotAuthenticated(
                 "a token or ticket in the URL counts only for WebSockets; send `Authorization: Bearer <token>`"
             )
