@@ -17,6 +17,8 @@ class SupervisorError(Exception):
     status: ClassVar[int] = 500
     retryable: ClassVar[bool] = False
     retry_after_s: float | None = None
+    # Header fields that belong to the answer, such as WWW-Authenticate.
+    headers: ClassVar[tuple[tuple[str, str], ...]] = ()
 
 
 class ConfigError(SupervisorError):
@@ -51,11 +53,19 @@ class UnknownTenant(Refused):
     status = 404
 
 
+class UnknownRoute(Refused):
+    """Nothing is served at that path."""
+
+    code = "unknown_route"
+    status = 404
+
+
 class NotAuthenticated(Refused):
     """No token, or one that is malformed, expired or revoked."""
 
     code = "not_authenticated"
     status = 401
+    headers = (("WWW-Authenticate", 'Bearer realm="tenantry"'),)
 
 
 class NotAllowed(Refused):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import attrs
-from attrs.validators import deep_iterable, ge, gt, in_, instance_of, max_len, min_len
+from attrs.validators import deep_iterable, ge, gt, in_, instance_of, max_len, min_len, optional
 
 
 def _positive(default: float) -> float:
@@ -129,7 +129,7 @@ class Settings:
     start_timeout_s: float = _positive(30.0)
     stable_after_s: float = attrs.field(default=1.0, validator=ge(0))
     # Without work for this long a tenant is put to sleep; None keeps it awake.
-    sleep_after_s: float | None = attrs.field(default=600.0, validator=attrs.validators.optional(gt(0)))
+    sleep_after_s: float | None = attrs.field(default=600.0, validator=optional(gt(0)))
     # False: an open connection is work. True: a connection counts only while data passes.
     sleep_with_connections: bool = False
     # From SIGTERM of the supervisor until its exit; the watchdog ends it after that with status 70.
