@@ -18,7 +18,6 @@ from . import journal
 from .journal import Entry
 from .records import Event, TenantRecord, from_json, to_json
 from .schema import former_tenants, tenants
-from .schema import journal as journal_table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -77,7 +76,6 @@ _SETTLE = (
     .values(state="asleep", since=sa.bindparam("now"), last_seq=tenants.c.last_seq + 1)
 )
 _DELETE = sa.delete(tenants).where(_name).returning(*tenants.c)
-_DELETE_JOURNAL = sa.delete(journal_table).where(journal_table.c.tenant == sa.bindparam("tenant"))
 _LEAVE_COUNTERS = sa.insert(former_tenants)
 _TAKE_COUNTERS = (
     sa.delete(former_tenants)
@@ -139,7 +137,7 @@ def _create(connection: sa.Connection, name: str, settings: Mapping[str, object]
 
 
 def delete(connection: sa.Connection, name: str) -> bool:
-    connection.execute(_DELETE_JOURNAL, {"tenant": name})
+    """Its journal goes with it, by the foreign key."""
     row = connection.execute(_DELETE, {"tenant": name}).one_or_none()
     if row is None:
         return False

@@ -61,6 +61,16 @@ async def test_a_full_disk_fails_what_does_not_fit_and_nothing_else(tmp_path):
         assert answers[100_000] == 5
 
 
+async def test_a_connection_that_saw_a_fault_is_not_used_again(tmp_path):
+    """Its descriptors may be dead for good; here it is a limit that only it has."""
+    async with open_store(tmp_path) as store:
+        await store.put_tenant("a")
+        await pragma(store, "max_page_count = 1")
+        with pytest.raises(StoreError, match="full"):
+            await store.append_event("a", type="x", data={"text": "x" * 100_000})
+        assert (await store.append_event("a", type="x", data={"text": "x" * 100_000})).seq == 2
+
+
 FULL = """
 import os, pathlib, sys, trio
 from supervisor.errors import StoreError

@@ -128,7 +128,10 @@ async def test_the_last_exit_stays_until_the_next(store):
     await store.record_state("acme", generation=1, **down)
     record = await store.get_tenant("acme")
     assert (record.last_exit, record.restarts) == ({"signal": 9}, 1)
-    await store.record_state("acme", generation=1, last_exit={"status": 0}, restarted=True, **down)
+    await store.begin_generation("acme", data={})
+    record = await store.get_tenant("acme")
+    assert (record.last_exit, record.restarts) == ({"signal": 9}, 1)
+    await store.record_state("acme", generation=2, last_exit={"status": 0}, restarted=True, **down)
     record = await store.get_tenant("acme")
     assert (record.last_exit, record.restarts) == ({"status": 0}, 2)
 
@@ -287,6 +290,16 @@ async def test_an_error_of_the_callers_block_comes_out_as_it_is(tmp_path):
     with pytest.raises(LookupError):
         async with open_store(tmp_path):
             raise LookupError
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.001, 0.004, 0.016])
+async def test_an_opening_that_is_cancelled_leaves_nothing(tmp_path, nothing_left, after_s):
+    with trio.move_on_after(after_s) as scope:
+        async with open_store(tmp_path):
+            await trio.sleep_forever()
+    assert scope.cancelled_caught
+    async with open_store(tmp_path) as store:
+        await store.put_tenant("acme")
 
 
 async def test_what_was_written_is_there_after_a_restart(tmp_path, nothing_left):

@@ -218,6 +218,39 @@ async def test_a_lock_held_by_another_program_is_waited_for_once_and_not_once_fo
         assert (await store.append_event("a", type="x", data={})).seq == 2
 
 
+async def test_a_lock_taken_between_the_two_runs_of_a_batch_is_waited_for_once(tmp_path):
+    async with open_writer() as grouped:
+        begins, failed, gate = [], [], Gate()
+
+        def begin(connection):
+            begins.append(connection)
+            if len(begins) > 2:  # the gate's, the batch's, and then each by itself
+                busy = sqlite3.OperationalError("database is locked")
+                busy.sqlite_errorname = "SQLITE_BUSY"
+                raise busy
+
+        def wrong(connection):
+            raise LookupError
+
+        async def run(unit):
+            with pytest.raises(StoreError, match="locked"):
+                await grouped.write(unit)
+            failed.append(unit)
+
+        event.listen(grouped._engine, "begin", begin)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(grouped.write, gate.unit)
+            await gate.wait_reached()
+            for number in range(10):
+                nursery.start_soon(run, wrong if number == 3 else append("a", n=number))
+            await trio.testing.wait_all_tasks_blocked()
+            gate.opened.set()
+        event.remove(grouped._engine, "begin", begin)
+        assert len(failed) == 10
+        assert len(begins) == 3
+        assert len(await numbers(grouped)) == 1
+
+
 async def test_cancellation_withdraws_what_was_not_taken():
     async with open_writer() as grouped:
         gate, ran = Gate(), []
@@ -287,7 +320,8 @@ async def test_a_supervisor_that_is_cancelled_can_still_write_its_last_states(tm
         assert (await store.read_events("a"))[-1].type == "last"
 
 
-async def test_leaving_writes_what_still_waits(tmp_path, nothing_left):
+async def test_leaving_writes_what_still_waits(tmp_path, monkeypatch, nothing_left):
+    monkeypatch.setattr(writer, "_MAX_BATCH", 1)
     answers = []
 
     async def write(store, unit):
@@ -351,6 +385,22 @@ async def test_a_cancelled_read_leaves_at_once_and_its_connection_is_given_back(
         gate.opened.set()
         for _ in range(8):
             assert len(await store.read_events("a")) == 2
+
+
+async def test_leaving_waits_for_a_read_that_was_left_to_its_thread(tmp_path, nothing_left):
+    """Whoever closes last moves the log into the database, and a reader cannot."""
+    gate = Gate()
+    async with open_store(tmp_path) as store:
+        await store.put_tenant("a")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(store.read, gate.unit)
+            await gate.wait_reached()
+            nursery.cancel_scope.cancel()
+        opening = threading.Timer(0.05, gate.opened.set)
+        opening.start()
+    assert gate.opened.is_set()
+    assert not (tmp_path / "tenantry.db-wal").exists()
+    opening.join()
 
 
 # Interleavings: tasks with a few steps each, run side by side, some cancelled at some turn of the scheduler.
