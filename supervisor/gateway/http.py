@@ -386,6 +386,7 @@ class HttpConnection:
             return _Ending.ABORT
 
     async def _read_requests(self, protocol: _Protocol) -> Takeover | RequestRefused | _Ending:
+        limits = self.service.limits
         waiting_for: object = None
         since = trio.current_time()
         left_at = math.inf
@@ -406,16 +407,22 @@ class HttpConnection:
                 return _Ending.CLOSE
             if phase is _Phase.IDLE and self.service.ending.is_set():
                 return _Ending.CLOSE
-            deadline = left_at + _HALF_CLOSED_S if left else self._deadline(protocol, phase, since)
+            full = len(protocol.buffer) > limits.max_head_bytes
+            if left:
+                deadline = left_at + _HALF_CLOSED_S
+            elif full:
+                deadline = now + limits.body_timeout_s  # Who is not read from is not seen to leave either.
+            else:
+                deadline = self._deadline(protocol, phase, since)
 
             self._woken = False
             with trio.CancelScope(deadline=deadline) as self._reading:
-                if left or len(protocol.buffer) > self.service.limits.max_head_bytes:
-                    await trio.sleep_forever()  # Until woken: there is nothing, or too much, to read.
+                if left or full:
+                    await trio.sleep_forever()  # Until woken by the end of the answer.
                 data = await self._stream.receive_some(_RECEIVE_BYTES)
             if self._reading.cancelled_caught:
                 if not self._woken:
-                    return _Ending.ABORT if left else self._overdue(protocol, phase)
+                    return self._overdue(protocol, phase)
                 continue
             if not data:
                 left_at = trio.current_time()
@@ -434,6 +441,8 @@ class HttpConnection:
                 return math.inf
 
     def _overdue(self, protocol: _Protocol, phase: _Phase) -> RequestRefused | _Ending:
+        if phase is _Phase.ANSWER:
+            return _Ending.ABORT
         if phase is _Phase.BODY:
             detail = "The body did not come fast enough."
         elif protocol.buffer:

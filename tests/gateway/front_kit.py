@@ -197,3 +197,10 @@ async def read_until(stream: trio.abc.ReceiveStream, end: bytes) -> bytes:
 
 def request(head: bytes, *fields: bytes, body: bytes = b"") -> bytes:
     return b"\r\n".join([head + b" HTTP/1.1", b"Host: x", *fields]) + b"\r\n\r\n" + body
+
+
+async def until(condition, within_s: float = 5) -> None:
+    """Waits for what has no event to wait for, such as that nothing is left."""
+    with trio.fail_after(within_s):
+        while not condition():  # noqa: ASYNC110
+            await trio.sleep(0.001)
