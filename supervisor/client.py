@@ -126,7 +126,9 @@ async def open_websocket_url(
                     parts.hostname, parts.port or (443 if parts.scheme == "wss" else 80)
                 )
         except OSError as error:
-            raise HandshakeFailed(f"cannot connect to {unix_path or parts.netloc}: {error}") from error
+            # Trio tells of each address that it tried, and here the first tells enough.
+            inner = getattr(error.__cause__, "exceptions", [error.__cause__ or error])[0]
+            raise HandshakeFailed(f"cannot connect to {unix_path or parts.netloc}: {inner}") from error
     if stream is None:
         raise HandshakeFailed(f"cannot connect to {unix_path or parts.netloc} within {handshake_timeout_s:g} s")
     if parts.scheme == "wss":
