@@ -92,19 +92,19 @@ async def _serve(listeners: list[trio.SocketListener], workspace: str, handler: 
     from agent.routes import BundledRoutes, OwnRoutes
     from agent.server import Server
 
-    async with trio.open_nursery() as nursery:
-        if handler is not None:
-            server = Server(OwnRoutes(handler))
-        else:
-            routes = BundledRoutes(workspace, os.environ, nursery)
-            server = Server(routes, on_drain=routes.end)
-        with trio.open_signal_receiver(*_STOP) as signals:
+    with trio.open_signal_receiver(*_STOP) as signals:
+        async with trio.open_nursery() as nursery:
+            if handler is not None:
+                server = Server(OwnRoutes(handler))
+            else:
+                routes = BundledRoutes(workspace, os.environ, nursery)
+                server = Server(routes, on_drain=routes.end)
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
             nursery.start_soon(_drain_on_signal, signals, server)
             await server.serve(listeners)
-            # Leaving the receiver raises again what nobody took: a second signal must not end a clean drain.
+            # The receiver, when it is left, raises again what nobody took: it must not end a clean drain.
             signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
-        nursery.cancel_scope.cancel()
+            nursery.cancel_scope.cancel()
 
 
 async def _drain_on_signal(signals: AsyncIterator[int], server: Server) -> None:

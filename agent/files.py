@@ -33,7 +33,7 @@ _KINDS = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "symlin
 
 class Read(Params):
     path: str
-    offset: Annotated[int, Meta(ge=0, lt=2**63)] = 0
+    offset: Annotated[int, Meta(ge=0, le=2**62)] = 0
     length: Annotated[int, Meta(ge=0, le=MAX_READ_BYTES)] = MAX_READ_BYTES
     encoding: Encoding = "utf-8"
 

@@ -21,10 +21,10 @@ def signal_session(leader: int, number: signal.Signals) -> int:
     """
     reached: set[int] = set()
     for _ in range(_MAX_ROUNDS):
+        members = _members(leader)
         # At once for the leader's group: nobody in it can fork past this.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(leader, number)
-        members = _members(leader)
         for pid, group in members:
             if group != leader:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
