@@ -211,7 +211,7 @@ def _render_text(_logger: object, _method: str, event: Event) -> str:
     head = f"{event.pop('time')} {event.pop('level'):7} {_plain(event.pop('event'))}"
     traceback = event.pop("exception", None)
     first = {key: event.pop(key) for key in _FIRST_KEYS if key in event}
-    line = " ".join([head, *(f"{key}={_plain(value)}" for key, value in (first | event).items())])
+    line = " ".join([head, *(f"{_plain(key)}={_plain(value)}" for key, value in (first | event).items())])
     if traceback is None:
         return line
     return "\n".join([line, *(f"    {_printable(row)}" for row in str(traceback).splitlines())])
@@ -226,9 +226,7 @@ def _plain(value: object) -> str:
 def _printable(text: str) -> str:
     if text.isprintable():
         return text
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
-    )
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def _told(value: object) -> str:
@@ -244,9 +242,7 @@ class _LineWriter:
     # Why a thread: considered a non-blocking fd; chose the thread, as O_NONBLOCK belongs to the open file,
     # which stderr shares with the shell and with other programs, and a file on a slow disk ignores it.
 
-    def __init__(
-        self, stream: TextIO, told_later: Callable[[int], str], dropped: Callable[[int], None]
-    ) -> None:
+    def __init__(self, stream: TextIO, told_later: Callable[[int], str], dropped: Callable[[int], None]) -> None:
         self._put = _raw_write(stream)
         self._told_later = told_later
         self._count_dropped = dropped
