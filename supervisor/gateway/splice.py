@@ -141,6 +141,8 @@ class Splice:
                 await self._client.aclose()
             return outcome
         finally:
+            # Else the two keep each other until the garbage collector comes by.
+            self._change.seen = None
             with trio.move_on_after(_GOODBYE_S, shield=True):
                 await trio.aclose_forcefully(self._client)
                 await trio.aclose_forcefully(self._agent)
