@@ -31,9 +31,9 @@ def main() -> NoReturn:
         signal.pthread_sigmask(signal.SIG_SETMASK, {*before, *_STOPPING})
     else:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    from supervisor import cli
+    from supervisor.cli import main as run
 
-    sys.exit(cli.main(control=control))
+    sys.exit(run(control=control))
 
 
 def _serves(arguments: list[str]) -> bool:

@@ -16,7 +16,11 @@ from attrs.validators import deep_iterable, ge, gt, in_, instance_of, max_len, m
 
 
 def _positive(default: float) -> float:
-    return attrs.field(default=default, validator=gt(0))
+    return attrs.field(default=default, validator=gt(0.0))
+
+
+def _positive_or_none(default: float | None) -> float | None:
+    return attrs.field(default=default, validator=optional(gt(0.0)))
 
 
 def _count(default: int) -> int:
@@ -129,7 +133,7 @@ class Settings:
     start_timeout_s: float = _positive(30.0)
     stable_after_s: float = attrs.field(default=1.0, validator=ge(0))
     # Without work for this long a tenant is put to sleep; None keeps it awake.
-    sleep_after_s: float | None = attrs.field(default=600.0, validator=optional(gt(0)))
+    sleep_after_s: float | None = _positive_or_none(600.0)
     # False: an open connection is work. True: a connection counts only while data passes.
     sleep_with_connections: bool = False
     # From SIGTERM of the supervisor until its exit; the watchdog ends it after that with status 70.

@@ -12,13 +12,13 @@ import shutil
 import time
 from collections import Counter
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import trio
 
 from supervisor.drain import Timeline
-from supervisor.errors import ConfigError, Draining, SupervisorError, Unavailable, UnknownTenant
+from supervisor.errors import Draining, SupervisorError, Unavailable, UnknownTenant
 from supervisor.gateway.app import create_app
 from supervisor.gateway.auth import Authenticator
 from supervisor.gateway.front import Front
@@ -122,7 +122,7 @@ class Supervisor:
     def _home(self, name: str) -> Path:
         return self.settings.state_dir.absolute() / "tenants" / name
 
-    async def describe(self, name: str) -> dict[str, object]:
+    async def describe(self, name: str) -> dict[str, Any]:
         """What `GET /v1/tenants/{tenant}` shows. Never wakes. Raises BadTenantName, UnknownTenant, StoreError."""
         check_tenant_name(name)
         tenant = self._tenants.get(name)
@@ -133,7 +133,7 @@ class Supervisor:
             raise UnknownTenant(f"there is no tenant {name!r}")
         return describe(record)
 
-    async def list_tenants(self, after: str = "", limit: int = 100) -> list[dict[str, object]]:
+    async def list_tenants(self, after: str = "", limit: int = 100) -> list[dict[str, Any]]:
         """A page of descriptions by name, those after `after`. Raises StoreError."""
         records = await self.store.list_tenants(after=after, limit=limit)
         return [
@@ -141,7 +141,7 @@ class Supervisor:
             for record in records
         ]
 
-    async def put_tenant(self, name: str, settings: Mapping[str, object] | None) -> tuple[dict[str, object], bool]:
+    async def put_tenant(self, name: str, settings: Mapping[str, object] | None) -> tuple[dict[str, Any], bool]:
         """Creates the tenant, or changes its settings; the second value says whether it is new."""
         check_tenant_name(name)
         if name in self._deleting:
@@ -172,13 +172,13 @@ class Supervisor:
         finally:
             self._deleting.discard(name)
 
-    async def wake(self, name: str, *, create: bool = False) -> dict[str, object]:
+    async def wake(self, name: str, create: bool = False) -> dict[str, Any]:
         """Starts the agent unless it runs, and begins the idle window anew. Raises as a connect does."""
         tenant = await self.tenant(name, create=create)
         await tenant.wake()
         return tenant.describe()
 
-    async def sleep(self, name: str) -> dict[str, object]:
+    async def sleep(self, name: str) -> dict[str, Any]:
         """Puts the tenant to sleep and returns once its agent is gone."""
         await self.describe(name)
         tenant = self._tenants.get(name)
@@ -186,7 +186,7 @@ class Supervisor:
             await tenant.sleep()
         return await self.describe(name)
 
-    async def touch(self, name: str) -> dict[str, object]:
+    async def touch(self, name: str) -> dict[str, Any]:
         """Begins the idle window anew; wakes nobody."""
         await self.describe(name)
         tenant = self._tenants.get(name)
@@ -194,7 +194,7 @@ class Supervisor:
             tenant.touch()
         return await self.describe(name)
 
-    async def revoke(self, name: str, before: float) -> dict[str, object]:
+    async def revoke(self, name: str, before: float) -> dict[str, Any]:
         """Tokens of this tenant issued before `before` (wall clock) are no longer valid; their connections end."""
         check_tenant_name(name)
         record = await self.store.revoke_tokens(name, before=before)
@@ -250,7 +250,7 @@ class Supervisor:
             tenant.end(Ending.DRAIN, kill_at=self._timeline.kill_at)
 
     async def drain(self) -> bool:
-        """Ends every agent by the timeline, and returns once nothing of any tenant is left: the clients have their 1012.
+        """Ends every agent by the timeline; returns once nothing of any tenant is left, and the clients have their 1012.
 
         False if `finish_at` came first; the rest is then cut off by leaving. Asks for the drain if nobody has.
         """
@@ -345,7 +345,7 @@ async def serve(
     control: socket.socket | None = None,
     task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serves until a drain is asked for (`Supervisor.request_drain`), and drains; `await nursery.start(serve, settings)`.
+    """Serves until a drain is asked for, and drains: `server = await nursery.start(serve, settings)`.
 
     Reports the bound addresses once clients can connect. Cancellation kills every agent and closes every
     connection. Raises ConfigError and StoreError before that.

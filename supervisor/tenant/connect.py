@@ -23,7 +23,6 @@ from supervisor.errors import (
     AgentUnreachable,
     ConnectFailed,
 )
-from supervisor.tenant.generation import Generation
 from supervisor.tenant.handshake import Answer, exchange
 from supervisor.tenant.ladder import Ladder
 
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
 
     from supervisor.settings import Settings
     from supervisor.telemetry import Metrics
+    from supervisor.tenant.generation import Generation
 
 # An agent that answers so is alive, and cannot serve just now: the attempt is repeated (S3-07).
 RETRYABLE_STATUSES = frozenset({500, 502, 503, 504})

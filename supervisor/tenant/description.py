@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from supervisor.store import TenantRecord
@@ -21,11 +21,11 @@ def describe(
     connections: int = 0,
     why_awake: list[str] | None = None,
     sleeps_at: float | None = None,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """What `GET /v1/tenants/{tenant}` shows; of a tenant that is only a record, the defaults are true."""
     last_exit = dict(record.last_exit) if record.last_exit is not None else None
-    if last_exit is not None and isinstance(last_exit.get("time"), int | float):
-        last_exit["time"] = rfc3339(last_exit["time"])
+    if last_exit is not None and isinstance(time := last_exit.get("time"), int | float):
+        last_exit["time"] = rfc3339(time)
     return {
         "name": record.name,
         "state": record.state,

@@ -13,7 +13,7 @@ import math
 import time
 from enum import Enum
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import attrs
 import trio
@@ -216,7 +216,7 @@ class Tenant:
             metrics.connections.dec()
             self.touch()
 
-    def describe(self) -> dict[str, object]:
+    def describe(self) -> dict[str, Any]:
         """What `GET /v1/tenants/{tenant}` shows. Wakes nobody."""
         generation, now = self._generation, trio.current_time()
         connections, callers = len(self.clients), self._path.callers
@@ -294,6 +294,7 @@ class Tenant:
 
     async def _until_wanted(self) -> bool:
         """True when a caller waits and the ladder lets it go; False when this tenant's task may end."""
+        idle_since = trio.current_time()
         while True:
             now = trio.current_time()
             if self._asked in FINAL:
@@ -301,7 +302,9 @@ class Tenant:
                     self._advance(Happening.ABANDONED)
                 return False
             self._asked = None
-            until = now + FORGET_AFTER_S
+            if self._path.callers or self.clients:
+                idle_since = now
+            until = idle_since + FORGET_AFTER_S
             if self._path.wanted:
                 until = self._path.ladder.not_before
                 at_once = now >= until
@@ -311,11 +314,11 @@ class Tenant:
                     return True
             elif self.state is State.STARTING and not self._path.callers:
                 self._advance(Happening.ABANDONED)
-            with trio.move_on_at(until) as waited:
-                await self._wait_changed()
-            if waited.cancelled_caught and not (self._path.callers or self.clients or self._asked):
+            elif now >= until:
                 self._refuse_for_good()
                 return False
+            with trio.move_on_at(until):
+                await self._wait_changed()
 
     async def _run_generation(self) -> None:
         """Starts an agent, lets callers at it, and ends it when there is a reason. Returns with its tree empty."""

@@ -53,6 +53,9 @@ class FakeSupervisor:
     def request_drain(self) -> None:
         self.calls.append(("drain",))
 
+    async def measure(self) -> None:
+        await trio.lowlevel.checkpoint()
+
     async def tokens_valid_after(self, name: str) -> float:
         return self.valid_after.get(name, 0.0)
 
