@@ -7,13 +7,11 @@ wanted, and `run` looks again. "Running" is what the kernel says of the process 
 from __future__ import annotations
 
 import contextlib
-import heapq
-import itertools
 import math
 import time
 from enum import Enum
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import trio
@@ -21,6 +19,8 @@ import trio
 from supervisor.drain import LINGER_S
 from supervisor.errors import AgentStartFailed, Draining, StoreError, Unavailable
 from supervisor.sandbox.launcher import AgentSpec
+from supervisor.tenant import clients
+from supervisor.tenant.clients import Client, Clients
 from supervisor.tenant.connect import EXIT_REPORT_S, Connected, ConnectPath
 from supervisor.tenant.description import describe
 from supervisor.tenant.generation import Generation
@@ -63,24 +63,7 @@ _HAPPENING = {
     Ending.RESET: Happening.RESET,
     Ending.ABANDONED: Happening.ABANDONED,
 }
-_CLOSE = {
-    Ending.SLEEP: (1001, "The tenant was put to sleep"),
-    Ending.DELETE: (1001, "The tenant was deleted"),
-    Ending.DRAIN: (1012, "Server restarting"),
-}
-
-
-class Client(Protocol):
-    """A client's connection to the agent, as far as its tenant must know it. Wall clock, in seconds."""
-
-    @property
-    def issued_at(self) -> float: ...
-
-    @property
-    def expires_at(self) -> float | None: ...
-
-    def close(self, code: int, reason: str, *, within_s: float) -> None:
-        """Puts in a Close at the agent's next frame boundary. Idempotent: the first one counts."""
+_CLOSE = {Ending.SLEEP: clients.SLEEP, Ending.DELETE: clients.DELETED, Ending.DRAIN: clients.RESTARTING}
 
 
 @attrs.define(eq=False)
@@ -97,11 +80,11 @@ class Tenant:
 
     state: State = attrs.field(init=False, default=State.ASLEEP)
     since: float = attrs.field(init=False)
-    clients: set[Client] = attrs.field(init=False, factory=set)
     # `run` has begun, and may be given clients.
     opened: trio.Event = attrs.field(init=False, factory=trio.Event)
     ended: trio.Event = attrs.field(init=False, factory=trio.Event)
 
+    clients: Clients = attrs.field(init=False)
     _path: ConnectPath = attrs.field(init=False)
     _idleness: Idleness = attrs.field(init=False)
     _outbox: Outbox = attrs.field(init=False)
@@ -111,11 +94,10 @@ class Tenant:
     _kill_at: float = attrs.field(init=False, default=math.inf)
     _changed: trio.Event = attrs.field(init=False, factory=trio.Event)
     _counted: tuple[int, int] = attrs.field(init=False, default=(0, 0))
-    _expiries: list[tuple[float, int, Client]] = attrs.field(init=False, factory=list)
-    _order: Iterator[int] = attrs.field(init=False, factory=itertools.count)
 
     def __attrs_post_init__(self) -> None:
         log = self.telemetry.log.bind(tenant=self.name)
+        self.clients = Clients(self.telemetry.metrics, self.touch, self.wall_clock)
         self._path = ConnectPath(
             self.name,
             self.settings,
@@ -200,21 +182,10 @@ class Tenant:
     @contextlib.contextmanager
     def attached(self, client: Client) -> Iterator[None]:
         """While the block runs, the client counts as a connection, and is told when the agent is ended."""
-        metrics = self.telemetry.metrics
-        self.clients.add(client)
-        metrics.connections.inc()
-        metrics.connections_total.inc()
-        if client.expires_at is not None:
-            heapq.heappush(self._expiries, (client.expires_at, next(self._order), client))
-        self.touch()
-        try:
+        with self.clients.attached(client):
             if self._asked is not None:
-                self._close_clients(self._asked, [client])
+                client.close(*_CLOSE[self._asked], within_s=LINGER_S)
             yield
-        finally:
-            self.clients.discard(client)
-            metrics.connections.dec()
-            self.touch()
 
     def describe(self) -> dict[str, Any]:
         """What `GET /v1/tenants/{tenant}` shows. Wakes nobody."""
@@ -237,10 +208,8 @@ class Tenant:
         with trio.move_on_after(EXIT_REPORT_S):
             await generation.exited.wait()
         if self._asked is not None:
-            return _CLOSE.get(self._asked, _CLOSE[Ending.DRAIN])
-        if generation.process.exit_status is None:
-            return 1011, "The agent closed the connection"
-        return 1012, "The agent ended; connect again"
+            return _CLOSE[self._asked]
+        return clients.AGENT_CLOSED if generation.process.exit_status is None else clients.AGENT_ENDED
 
     def count_traffic(self) -> None:
         """Adds what has passed since the last call to the metrics."""
@@ -253,11 +222,9 @@ class Tenant:
         self._counted = traffic.up_bytes, traffic.down_bytes
 
     def revoke(self, before: float) -> None:
-        """Closes with 1008 every connection whose token was issued before `before` (wall clock, seconds)."""
+        """Tokens issued before `before` (wall clock, seconds) are no longer valid: their connections end with 1008."""
         self.record = attrs.evolve(self.record, tokens_valid_after=before)
-        for client in self.clients:
-            if client.issued_at < before:
-                client.close(1008, "The token was revoked", within_s=LINGER_S)
+        self.clients.revoke(before)
 
     # ---- the owner -----------------------------------------------------------------------------------------
 
@@ -414,7 +381,7 @@ class Tenant:
                     return Ending.SLEEP
                 continue
             recheck_at = now + self._idleness.recheck_s(connections=len(self.clients))
-            until = min(self._path.next_rung_at(), self._close_expired(), idle_look_at, recheck_at)
+            until = min(self._path.next_rung_at(), self.clients.close_expired(), idle_look_at, recheck_at)
             if generation.ready_at is None and now < ready_by:
                 until = min(until, ready_by)
             with trio.move_on_at(until):
@@ -440,7 +407,7 @@ class Tenant:
         kill_at = now + self.settings.agent.grace_s
         if why in (Ending.SLEEP, Ending.DELETE):
             # Nothing is being lost, so the clients are told first.
-            self._close_clients(why, list(self.clients))
+            self.clients.close_all(_CLOSE[why])
             await self._until(lambda: not self.clients, now + 2 * LINGER_S)
             kill_at = trio.current_time() + self.settings.agent.grace_s
         elif why is Ending.RESET:
@@ -451,7 +418,7 @@ class Tenant:
         if not generation.exited.is_set():
             self._path.log.warning("agent_killed", generation=generation.number, reason=why.value)
             if why in _CLOSE:
-                self._close_clients(self._asked or why, list(self.clients))
+                self.clients.close_all(_CLOSE[self._asked or why])
             generation.process.kill()
         await generation.exited.wait()
 
@@ -460,30 +427,13 @@ class Tenant:
         await self._until(
             lambda: not self.clients, min(self._kill_at, trio.current_time() + self.settings.agent.grace_s)
         )
-        self._close_clients(self._asked or Ending.DRAIN, list(self.clients))
+        self.clients.close_all(_CLOSE[self._asked or Ending.DRAIN])
 
     async def _until(self, condition: Callable[[], bool], deadline: float) -> None:
         """Until it holds, or the deadline, or `kill_at`, which a hurried drain brings forward."""
         while not condition() and trio.current_time() < min(deadline, self._kill_at):
             with trio.move_on_at(min(deadline, self._kill_at)):
                 await self._wait_changed()
-
-    def _close_clients(self, why: Ending, clients: list[Client]) -> None:
-        code, reason = _CLOSE[why]
-        for client in clients:
-            client.close(code, reason, within_s=LINGER_S)
-
-    def _close_expired(self) -> float:
-        """Closes with 1008 whoever's token has expired; returns when the next one does."""
-        while self._expiries:
-            expires_at, _, client = self._expiries[0]
-            if client in self.clients:
-                left_s = expires_at - self.wall_clock()
-                if left_s > 0:
-                    return trio.current_time() + left_s
-                client.close(1008, "The token has expired", within_s=LINGER_S)
-            heapq.heappop(self._expiries)
-        return math.inf
 
     def _became_ready(self, generation: Generation) -> None:
         metrics = self.telemetry.metrics

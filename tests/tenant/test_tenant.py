@@ -231,7 +231,7 @@ async def test_an_expired_token_closes_its_connection_with_1008(autojump_clock):
         await house.use()
         wall = time.time()
         soon, later = FakeClient(expires_at=wall + 30), FakeClient(expires_at=wall + 3600)
-        house.tenant.wall_clock = lambda: wall + house.now
+        house.tenant.clients.wall_clock = lambda: wall + house.now
         await nursery.start(soon.stay, house.tenant)
         await nursery.start(later.stay, house.tenant)
         await trio.sleep(31)
