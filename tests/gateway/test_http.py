@@ -200,6 +200,36 @@ async def test_an_app_that_answers_without_reading_the_body_ends_the_connection(
     assert status(answer) == 200
 
 
+async def test_an_answer_given_early_counts_more_than_what_follows_in_the_body(autojump_clock):
+    async def app(scope, receive, send):
+        await trio.sleep(1)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    kit = make_kit(app=app)
+    body = b"1\r\nx\r\n" * 11 + b"zz\r\n"
+    answer = await ask(kit, request(b"POST /", b"Transfer-Encoding: chunked", body=body))
+    assert status(answer) == 200
+    assert answer.endswith(b"ok")
+    assert kit.refused("malformed_request") == 0
+
+
+async def test_an_app_that_has_answered_is_told_that_its_client_is_gone_as_often_as_it_asks(autojump_clock):
+    told = []
+
+    async def app(scope, receive, send):
+        assert (await receive())["type"] == "http.request"
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body"})
+        told.extend([await receive(), await receive()])
+
+    async with connected(make_kit(app=app)) as client:
+        await client.send_all(PLAIN)
+        await read_until(client, b"\r\n\r\n")
+        await trio.testing.wait_all_tasks_blocked()
+        assert told == [{"type": "http.disconnect"}] * 2
+
+
 async def test_a_write_that_the_app_gives_up_ends_the_connection_at_once(autojump_clock):
     """PITFALLS 1.2: the app's timeout works, and nothing follows half a write."""
     kit = make_kit()
@@ -391,6 +421,19 @@ async def test_a_declared_body_above_the_limit_is_refused_before_the_app_sees_it
     assert status(answer) == 413
     assert kit.app.scopes == []
     assert status(await ask(kit, huge.replace(b"1048577", b"99999999999999999999"))) == 413
+
+
+async def test_a_refused_client_may_finish_what_it_sends(autojump_clock):
+    """RFC 9112 section 9.6: a reset would overtake the refusal; but it does not go on for ever."""
+    async with connected(make_kit(), lockstep) as client:
+        await client.send_all(request(b"POST /body", b"Content-Length: 2000000"))
+        assert status(await read_until(client, b"}")) == 413
+        began = trio.current_time()
+        with contextlib.suppress(trio.BrokenResourceError):
+            while True:
+                await client.send_all(b"x" * 1000)
+                await trio.sleep(0.1)
+        assert 1.5 < trio.current_time() - began < 2.5
 
 
 async def test_a_chunked_body_above_the_limit_is_refused_and_its_app_cancelled(autojump_clock):
