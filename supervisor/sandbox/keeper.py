@@ -10,6 +10,7 @@ status. It runs no thread, imports nothing of site-packages, and holds no secret
 
 from __future__ import annotations
 
+import array
 import contextlib
 import gc
 import json
@@ -102,12 +103,15 @@ class _Keeper:
 
     def _take_request(self) -> bool:
         """False at the end of the control socket."""
-        fds: list[int] = []
+        # Not socket.recv_fds, which drops its flags in some versions of Python: all must be close-on-exec.
+        fds = array.array("i")
         kept = 0
         try:
-            data, fds, _, _ = socket.recv_fds(
-                self._control, _MAX_REQUEST_BYTES, _MAX_FDS, socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
-            )
+            room = socket.CMSG_SPACE(_MAX_FDS * fds.itemsize)
+            flags = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+            data, ancillary, _, _ = self._control.recvmsg(_MAX_REQUEST_BYTES, room, flags)
+            for _, _, packed in ancillary:
+                fds.frombytes(packed[: len(packed) // fds.itemsize * fds.itemsize])
             if not data:
                 return False
             # Fewer come if our own limit on open files is reached; the supervisor sees the socket's end then.

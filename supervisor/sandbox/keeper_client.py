@@ -6,6 +6,7 @@ subreaper. A keeper that is the init was started before us; it cannot be replace
 
 from __future__ import annotations
 
+import array
 import json
 import os
 import socket
@@ -119,7 +120,7 @@ class Keeper:
     async def aclose(self) -> None:
         """Lets go of the keeper, and waits, shielded and at most 10 s, until it and its shims are gone."""
         pid, self._up = self.pid, trio.Event()
-        if self._process is not None and await self._release() is None:
+        if await self._release() is None and self._init_control is None:
             self._telemetry.log.error("keeper_stays", pid=pid, waited_s=_END_S)
 
     def _spawn(self) -> socket.socket:
@@ -155,7 +156,8 @@ class Keeper:
             if control is None:
                 raise BrokenPipeError
             try:
-                socket.send_fds(control, [data], fds, socket.MSG_NOSIGNAL)
+                rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
+                control.sendmsg([data], [rights], socket.MSG_NOSIGNAL)
             except BlockingIOError:
                 await trio.lowlevel.wait_writable(control)
             else:
