@@ -71,13 +71,14 @@ class RpcClient:
             raise CallFailed(str(error.get("message")), data.get("code") if isinstance(data, dict) else None)
         return waiting.answer.get("result")
 
-    async def run(self, notified: Callable[[str, dict[str, Any]], Awaitable[None]]) -> None:
-        """Receives until cancelled, or until the connection ends, which raises Failure."""
+    async def run(self, notified: Callable[[str, dict[str, Any]], Awaitable[bool]]) -> None:
+        """Receives until `notified` says that this was all (True); if the connection ends first, raises Failure."""
         try:
             while True:
                 message = json.loads(await self._websocket.receive())
                 if message.get("method") is not None:
-                    await notified(message["method"], message.get("params") or {})
+                    if await notified(message["method"], message.get("params") or {}):
+                        return
                 elif (waiting := self._waiting.get(message.get("id"))) is not None:
                     waiting.answer = message
                     waiting.answered.set()

@@ -56,8 +56,8 @@ class Server:
         connection = self._open()
         try:
             connection.request(method, target, None if body is None else json.dumps(body), headers)
-            answer = connection.getresponse()
-            content = answer.read(_MAX_ANSWER_BYTES)
+            with connection.getresponse() as answer:
+                content = answer.read(_MAX_ANSWER_BYTES)
         except (OSError, http.client.HTTPException) as error:
             raise unreachable(self, error) from error
         finally:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import errno
 import os
 import select
 import signal
@@ -51,6 +50,12 @@ class Streams:
 
 def run(verb: Callable[..., Awaitable[int]], *args: object) -> int:
     """Runs one of the verbs below in Trio, and gives its exit status or raises its Failure."""
+    for fd in attrs.astuple(Streams()):
+        try:
+            os.fstat(fd)
+        except OSError:
+            # Closed by the caller: else the next socket would get its number, and be taken for stdin.
+            os.open(os.devnull, os.O_RDWR)
 
     async def alone() -> int:
         return await verb(*args)
@@ -140,12 +145,13 @@ class _Session:
         self._status: int | None = None
 
     async def run(self, start: dict[str, object]) -> int:
+        """Starts the process, and returns its exit status as a shell has it."""
+        send_output, outputs = trio.open_memory_channel[tuple[int, bytes] | None](_QUEUED_OUTPUTS)
         try:
-            async with trio.open_nursery() as nursery:
-                send_output, outputs = trio.open_memory_channel[tuple[int, bytes] | None](_QUEUED_OUTPUTS)
-                nursery.start_soon(self._rpc.run, self._notified(send_output))
-                # From here on Ctrl-C is the command's.
-                with trio.open_signal_receiver(*self._signals()) as received:
+            # From here on Ctrl-C is the command's.
+            with trio.open_signal_receiver(*self._signals()) as received:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._rpc.run, self._notified(send_output))
                     try:
                         self._id = (await self._rpc.call("process.start", **start))["id"]
                     except CallFailed as error:
@@ -157,17 +163,17 @@ class _Session:
                         if output is None:
                             break
                         await _write(*output)
-                nursery.cancel_scope.cancel()
+                    nursery.cancel_scope.cancel()
         except* BrokenPipeError:
             self._status = OUTPUT_CLOSED
         return self._status if self._status is not None else UNAVAILABLE
 
     def _notified(
         self, outputs: trio.MemorySendChannel[tuple[int, bytes] | None]
-    ) -> Callable[[str, dict[str, Any]], Awaitable[None]]:
+    ) -> Callable[[str, dict[str, Any]], Awaitable[bool]]:
         fds = {"stdout": self._streams.stdout, "stderr": self._streams.stderr}
 
-        async def notified(method: str, params: dict[str, Any]) -> None:
+        async def notified(method: str, params: dict[str, Any]) -> bool:
             if method == "process.output":
                 data = params["data"]
                 decoded = base64.b64decode(data) if params.get("encoding") == "base64" else data.encode()
@@ -176,6 +182,8 @@ class _Session:
                 returncode = params["returncode"]
                 self._status = returncode if returncode >= 0 else 128 - returncode
                 await outputs.send(None)
+                return True
+            return False
 
         return notified
 
@@ -244,10 +252,8 @@ async def _read(fd: int) -> bytes:
     while True:
         try:
             await trio.lowlevel.wait_readable(fd)
-        except OSError as error:
-            if error.errno == errno.EBADF:
-                return b""
-            # EPERM: a file, which is always readable.
+        except PermissionError:
+            # What epoll does not take, such as a file, is always readable.
             await trio.lowlevel.checkpoint()
         try:
             return os.read(fd, _CHUNK_BYTES)
