@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     import h11
 
-    from supervisor.gateway.http import App
+    from supervisor.gateway.parser import App
     from supervisor.gateway.listeners import Listener
     from supervisor.settings import Settings
     from supervisor.telemetry import Telemetry
@@ -124,7 +124,7 @@ class Front:
     async def serve(
         self, listeners: Sequence[Listener], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        """Serves until cancelled, or after `terminate` until the last connection has ended.
+        """Serves until cancelled, or after `terminate` until the last connection has ended. Once a front.
 
         The listeners are closed in any case. Cancellation closes every connection at once.
         """

@@ -1,4 +1,4 @@
-"""One HTTP/1.1 connection, served by Hypercorn's protocol class and our rules, until it ends or asks for an upgrade.
+"""One HTTP/1.1 connection, read by our parser and answered by the app, until it ends or asks for an upgrade.
 
 Guarantees: every head is judged before the app sees it, every wait for the client has a deadline, no write
 outlives `answer_stall_s` without progress, the app ends when its client leaves, and a connection that is
@@ -9,40 +9,38 @@ asked for, nothing of HTTP is left: the caller has the stream, the request and t
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import enum
-import logging
 import math
 import socket
 import struct
 import time
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING
 
 import attrs
 import h11
 import trio
-from h11._receivebuffer import ReceiveBuffer
-from hypercorn.config import Config
 from hypercorn.events import Closed, RawData, Updated
-from hypercorn.protocol.events import Body, EndBody, Response
-from hypercorn.protocol.h11 import STREAM_ID, H11Protocol
-from hypercorn.trio.worker_context import EventWrapper
-from hypercorn.typing import ConnectionState
 
 from supervisor.gateway import heads
+from supervisor.gateway.parser import (
+    Flag,
+    Message,
+    Parser,
+    Phase,
+    RequestRefused,
+    UpgradeRequested,
+    hypercorn_config,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
+    from hypercorn.config import Config
     from hypercorn.events import Event
-    from hypercorn.protocol.events import Event as StreamEvent
 
+    from supervisor.gateway.parser import App
     from supervisor.settings import LimitSettings
     from supervisor.telemetry import Telemetry
-
-    App = Callable[..., Awaitable[None]]
-
-Message = dict[str, Any]  # of ASGI
 
 _RECEIVE_BYTES = 64 * 1024
 # What must go out within `answer_stall_s` to count as progress.
@@ -53,30 +51,6 @@ _LINGER_S = 2.0
 # still reaches it, and a long one does not run on for nobody.
 _HALF_CLOSED_S = 1.0
 
-_PARSER_DETAILS = {
-    400: ("malformed_request", "The request is not valid HTTP/1.1."),
-    431: ("head_too_large", "The request's head is too long."),
-    501: ("transfer_coding_not_implemented", "The only transfer coding is chunked, given once."),
-}
-
-
-class UpgradeRequested(Exception):
-    """A request asks for a WebSocket, rightly; `trailing` are the bytes that came behind its head."""
-
-    def __init__(self, request: h11.Request, trailing: bytes) -> None:
-        super().__init__("a client asks for a WebSocket")
-        self.request = request
-        self.trailing = trailing
-
-
-class RequestRefused(Exception):
-    """A request that gets no further than its head, or a body that breaks the rules."""
-
-    def __init__(self, refusal: heads.Refusal, *, head_only: bool = False) -> None:
-        super().__init__(refusal.detail)
-        self.refusal = refusal
-        self.head_only = head_only
-
 
 @attrs.frozen
 class Takeover:
@@ -84,31 +58,6 @@ class Takeover:
 
     request: h11.Request
     trailing: bytes
-
-
-@attrs.define(eq=False)
-class Flag:
-    """Set once, and read by whoever passes by. Hypercorn reads it where it expects an event."""
-
-    _is_set: bool = False
-
-    def is_set(self) -> bool:
-        return self._is_set
-
-    def set(self) -> None:
-        self._is_set = True
-
-
-class _Context:
-    """What Hypercorn's protocol asks of a worker: whether it is ending, and an event that we never wait for."""
-
-    event_class = EventWrapper
-
-    def __init__(self, ending: Flag) -> None:
-        self.terminated = ending
-
-    async def mark_request(self) -> None:
-        """Counts nothing: no number of requests ends us."""
 
 
 @attrs.frozen(kw_only=True)
@@ -128,175 +77,16 @@ class HttpService:
         return hypercorn_config(self.limits)
 
 
-def hypercorn_config(limits: LimitSettings) -> Config:
-    """Hypercorn's bag of settings, with what its protocol reads. Raises AttributeError for a key that it lacks."""
-    config = Config()
-    values: dict[str, object] = {
-        "accesslog": None,
-        "errorlog": logging.getLogger("tenantry.http"),
-        "h11_max_incomplete_size": limits.max_head_bytes,
-        "h11_pass_raw_headers": False,
-        "include_date_header": True,
-        "include_server_header": False,
-        "keep_alive_max_requests": 10_000,
-        "max_app_queue_size": 10,
-        "server_names": [],
-    }
-    for key, value in values.items():
-        if not hasattr(Config, key):
-            raise AttributeError(f"hypercorn's Config has no {key!r}: this version is not the one we know")
-        setattr(config, key, value)
-    return config
-
-
 def body_deadline(since: float, received_bytes: int, limits: LimitSettings) -> float:
     """When a body that began at `since` and has come that far is too slow: its minimum rate, after a start."""
     earned_s = limits.head_timeout_s + received_bytes / limits.body_min_rate_bytes
     return since + min(limits.body_timeout_s, earned_s)
 
 
-class _Phase(enum.Enum):
-    """What the connection waits for; each has its own deadline."""
-
-    IDLE = enum.auto()
-    HEAD = enum.auto()
-    BODY = enum.auto()
-    ANSWER = enum.auto()
-
-
 class _Ending(enum.Enum):
     CLOSE = enum.auto()  # nothing is under way
     LINGER = enum.auto()  # an answer was written that must arrive
     ABORT = enum.auto()  # the peer left, does not read, or would take half an answer for a whole one
-
-
-class _StrictBuffer(ReceiveBuffer):
-    """h11's buffer, with a look at the raw lines of a head before h11 unfolds, merges or forgives them."""
-
-    def __init__(self, max_head_bytes: int) -> None:
-        super().__init__()
-        self._max_head_bytes = max_head_bytes
-        self._judged = 0
-
-    def maybe_extract_lines(self) -> list[bytearray] | None:
-        data = self._data
-        if data[:2] != b"\r\n":
-            end = data.find(b"\r\n\r\n", max(0, self._judged - 3))
-            head = data[: end + 4] if end >= 0 else data
-            refusal = heads.lax_line(head, self._judged)
-            if len(head) > self._max_head_bytes:
-                refusal = heads.Refusal(
-                    431, "head_too_large", f"The request's head is longer than {self._max_head_bytes} bytes."
-                )
-            if refusal is None and end >= 0:
-                refusal = heads.raw_refusal(head)
-            if refusal is not None:
-                raise RequestRefused(refusal)
-            self._judged = len(data)
-        return super().maybe_extract_lines()
-
-    def _extract(self, count: int) -> bytearray:
-        self._judged = 0
-        return super()._extract(count)
-
-    def discard(self) -> None:
-        self._extract(len(self))
-
-
-class _Protocol(H11Protocol):
-    """Hypercorn's HTTP/1.1, never HTTP/2, never its WebSockets: it hands upgrades over and refuses by our table."""
-
-    connection: h11.Connection
-
-    def __init__(self, owner: HttpConnection, client: tuple[str, int] | None, *, tls: bool) -> None:
-        service = owner.service
-        super().__init__(
-            cast("Any", service.app),
-            service.config,
-            cast("Any", _Context(service.ending)),
-            cast("Any", owner),
-            ConnectionState({}),
-            tls,
-            client,
-            None,
-            owner.send,
-        )
-        self.max_body_bytes = service.limits.max_body_bytes
-        self.buffer = _StrictBuffer(service.limits.max_head_bytes)
-        self.connection._receive_buffer = self.buffer
-        self.body_bytes = 0
-
-    @property
-    def phase(self) -> _Phase:
-        state = self.connection.their_state
-        if state is h11.IDLE:
-            # Before the first request nothing is kept alive: the head is due from the connect on.
-            return _Phase.HEAD if self.buffer or not self.keep_alive_requests else _Phase.IDLE
-        return _Phase.BODY if state is h11.SEND_BODY else _Phase.ANSWER
-
-    @property
-    def may_refuse(self) -> bool:
-        """Whether no byte of an answer to the present request was written."""
-        return self.connection.our_state in (h11.IDLE, h11.SEND_RESPONSE)
-
-    async def _handle_events(self) -> None:
-        """Takes all events that the buffer holds; unlike its model never waits for the answer to be done.
-
-        Why: considered to leave the reader parked while a request is answered, as Hypercorn does; chose to
-        return, so that the reader goes on reading and sees the client leave, also behind a pipelined request.
-        """
-        while True:
-            if self.connection.they_are_waiting_for_100_continue:
-                await self._send_h11_event(h11.InformationalResponse(status_code=100, headers=[]))
-            if self.connection.their_state is h11.MUST_CLOSE:
-                self.buffer.discard()  # What follows a last request is nobody's (RFC 9112 section 9.6).
-            try:
-                event = self.connection.next_event()
-            except h11.RemoteProtocolError as error:
-                self._refuse(error.error_status_hint)
-            if isinstance(event, h11.Request):
-                await self._check_protocol(event)
-                self.body_bytes = 0
-                await self._create_stream(event)
-            elif self.stream is None:
-                return
-            elif isinstance(event, h11.Data):
-                self.body_bytes += len(event.data)
-                if self.body_bytes > self.max_body_bytes:
-                    raise RequestRefused(_too_large(self.max_body_bytes))
-                await self.stream.handle(Body(stream_id=STREAM_ID, data=event.data))
-            elif isinstance(event, h11.EndOfMessage):
-                await self.stream.handle(EndBody(stream_id=STREAM_ID))
-            else:
-                return
-
-    def _refuse(self, status: int) -> NoReturn:
-        # The parser's own words quote what it read, which may be a token.
-        code, detail = _PARSER_DETAILS.get(status, _PARSER_DETAILS[400])
-        raise RequestRefused(heads.Refusal(status, code, detail)) from None
-
-    async def _check_protocol(self, event: h11.Request) -> None:
-        refusal = heads.refusal(event)
-        upgrade = heads.wants_upgrade(event)
-        if refusal is None and upgrade:
-            refusal = heads.upgrade_refusal(event)
-        if refusal is None:
-            length = dict(event.headers).get(b"content-length", b"0")
-            if int(length) > self.max_body_bytes:
-                refusal = _too_large(self.max_body_bytes)
-        if refusal is not None:
-            raise RequestRefused(refusal, head_only=event.method == b"HEAD")
-        if upgrade:
-            raise UpgradeRequested(event, bytes(self.buffer))
-
-    async def stream_send(self, event: StreamEvent) -> None:
-        if isinstance(event, Response) and event.status_code >= 200 and self.context.terminated.is_set():
-            event = dataclasses.replace(event, headers=[*event.headers, (b"connection", b"close")])
-        await super().stream_send(event)
-
-
-def _too_large(max_bytes: int) -> heads.Refusal:
-    return heads.Refusal(413, "body_too_large", f"The request's body is longer than {max_bytes} bytes.")
 
 
 class HttpConnection:
@@ -314,7 +104,15 @@ class HttpConnection:
         self._ending: _Ending | None = None
         self._nursery: trio.Nursery | None = None
         client = None if peer in ("unix", "memory") else (peer, 0)
-        self._protocol: _Protocol | None = _Protocol(self, client, tls=scheme == "https")
+        self._parser: Parser | None = Parser(
+            self,
+            service.app,
+            service.config,
+            service.limits,
+            service.ending,
+            client=client,
+            tls=scheme == "https",
+        )
 
     def wake(self) -> None:
         """Makes the reader look again at what it waits for: a request may go on, or the connection end."""
@@ -362,22 +160,22 @@ class HttpConnection:
         answerable = False
         try:
             async with trio.open_nursery() as self._nursery:
-                assert self._protocol is not None
-                outcome = await self._read(self._protocol)
-                answerable = self._protocol.may_refuse
+                assert self._parser is not None
+                outcome = await self._read(self._parser)
+                answerable = self._parser.may_refuse
                 # An app that goes on writing while it is cancelled writes nowhere.
                 self._ending = self._ending or _Ending.ABORT
                 self._nursery.cancel_scope.cancel()
         finally:
             # The two hold each other, and a spliced connection lives long.
-            self._protocol = self._nursery = None
+            self._parser = self._nursery = None
         return outcome, answerable
 
     # ---- from the client ----
 
-    async def _read(self, protocol: _Protocol) -> Takeover | RequestRefused | _Ending:
+    async def _read(self, parser: Parser) -> Takeover | RequestRefused | _Ending:
         try:
-            return await self._read_requests(protocol)
+            return await self._read_requests(parser)
         except RequestRefused as refused:
             return self._ending or refused
         except UpgradeRequested as upgrade:
@@ -385,7 +183,7 @@ class HttpConnection:
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             return _Ending.ABORT
 
-    async def _read_requests(self, protocol: _Protocol) -> Takeover | RequestRefused | _Ending:
+    async def _read_requests(self, parser: Parser) -> Takeover | RequestRefused | _Ending:
         limits = self.service.limits
         waiting_for: object = None
         since = trio.current_time()
@@ -393,27 +191,27 @@ class HttpConnection:
         while True:
             if self._ending is None:
                 began = trio.current_time()
-                await protocol._handle_events()
+                await parser.advance()
                 now = trio.current_time()
             if self._ending is not None:
                 return self._ending
-            phase = protocol.phase
-            if waiting_for != (protocol.keep_alive_requests, phase):
-                waiting_for, since = (protocol.keep_alive_requests, phase), now
+            phase = parser.phase
+            if waiting_for != (parser.keep_alive_requests, phase):
+                waiting_for, since = (parser.keep_alive_requests, phase), now
             else:
                 since += now - began  # The app's slowness to take a body is not the client's.
             left = left_at != math.inf
-            if left and protocol.stream is None:
+            if left and parser.stream is None:
                 return _Ending.CLOSE
-            if phase is _Phase.IDLE and self.service.ending.is_set():
+            if phase is Phase.IDLE and self.service.ending.is_set():
                 return _Ending.CLOSE
-            full = len(protocol.buffer) > limits.max_head_bytes
+            full = len(parser.buffer) > limits.max_head_bytes
             if left:
                 deadline = left_at + _HALF_CLOSED_S
             elif full:
                 deadline = now + limits.body_timeout_s  # Who is not read from is not seen to leave either.
             else:
-                deadline = self._deadline(protocol, phase, since)
+                deadline = self._deadline(parser, phase, since)
 
             self._woken = False
             with trio.CancelScope(deadline=deadline) as self._reading:
@@ -422,30 +220,30 @@ class HttpConnection:
                 data = await self._stream.receive_some(_RECEIVE_BYTES)
             if self._reading.cancelled_caught:
                 if not self._woken:
-                    return self._overdue(protocol, phase)
+                    return self._overdue(parser, phase)
                 continue
             if not data:
                 left_at = trio.current_time()
-            protocol.connection.receive_data(bytes(data))
+            parser.connection.receive_data(bytes(data))
 
-    def _deadline(self, protocol: _Protocol, phase: _Phase, since: float) -> float:
+    def _deadline(self, parser: Parser, phase: Phase, since: float) -> float:
         limits = self.service.limits
         match phase:
-            case _Phase.IDLE:
+            case Phase.IDLE:
                 return since + limits.keep_alive_s
-            case _Phase.HEAD:
+            case Phase.HEAD:
                 return since + limits.head_timeout_s
-            case _Phase.BODY:
-                return body_deadline(since, protocol.body_bytes, limits)
-            case _Phase.ANSWER:
+            case Phase.BODY:
+                return body_deadline(since, parser.body_bytes, limits)
+            case Phase.ANSWER:
                 return math.inf
 
-    def _overdue(self, protocol: _Protocol, phase: _Phase) -> RequestRefused | _Ending:
-        if phase is _Phase.ANSWER:
+    def _overdue(self, parser: Parser, phase: Phase) -> RequestRefused | _Ending:
+        if phase is Phase.ANSWER:
             return _Ending.ABORT
-        if phase is _Phase.BODY:
+        if phase is Phase.BODY:
             detail = "The body did not come fast enough."
-        elif protocol.buffer:
+        elif parser.buffer:
             detail = f"The head was not complete after {self.service.limits.head_timeout_s:g} s."
         else:
             return _Ending.CLOSE
@@ -462,8 +260,8 @@ class HttpConnection:
             self.wake()
 
     def _answered_last(self) -> None:
-        assert self._protocol is not None
-        connection = self._protocol.connection
+        assert self._parser is not None
+        connection = self._parser.connection
         # To HTTP/1.0 the end of the stream is the end of the body: half a body must not end like that.
         broken = connection.our_state is h11.SEND_BODY and connection.their_http_version == b"1.0"
         self._end(_Ending.ABORT if broken else _Ending.LINGER)

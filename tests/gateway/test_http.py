@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from quart import Response
 from quart_trio import QuartTrio
 
-from supervisor.gateway import http
+from supervisor.gateway import http, parser
 from supervisor.settings import LimitSettings
 from tests.gateway.front_kit import (
     KEY,
@@ -541,8 +541,14 @@ async def test_nothing_of_http_is_alive_after_an_upgrade(autojump_clock):
     """A spliced connection lives for hours: it must not hold parser, buffers or tasks of its HTTP life."""
 
     def of_http():
-        modules = ("hypercorn.protocol", "h11._connection", "h11._receivebuffer", "supervisor.gateway.http")
-        kept = (http.HttpService, http.Flag)
+        modules = (
+            "hypercorn.protocol",
+            "h11._connection",
+            "h11._receivebuffer",
+            "supervisor.gateway.http",
+            "supervisor.gateway.parser",
+        )
+        kept = (http.HttpService, parser.Flag)
         return [
             thing
             for thing in gc.get_objects()
@@ -793,11 +799,11 @@ async def test_a_quart_trio_handler_ends_when_its_client_leaves(path, autojump_c
 
 def test_hypercorns_settings_are_those_we_know(monkeypatch):
     """PITFALLS 1.12, 1.13: a key that Hypercorn does not read is an error, and it writes nowhere by itself."""
-    config = http.hypercorn_config(LimitSettings())
+    config = parser.hypercorn_config(LimitSettings())
     assert config.log.error_logger.name == "tenantry.http"
     assert config.log.access_logger is None
     assert config.include_server_header is False
     assert config.h11_max_incomplete_size == 65536
     monkeypatch.delattr("hypercorn.config.Config.include_server_header")
     with pytest.raises(AttributeError, match="include_server_header"):
-        http.hypercorn_config(LimitSettings())
+        parser.hypercorn_config(LimitSettings())

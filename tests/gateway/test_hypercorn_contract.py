@@ -1,4 +1,4 @@
-"""What we take from Hypercorn's and h11's insides. A failure here means: read `supervisor/gateway/http.py` again."""
+"""What we take from Hypercorn's and h11's insides. A failure here means: read `supervisor/gateway/parser.py` again."""
 
 from __future__ import annotations
 
