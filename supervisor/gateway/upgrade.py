@@ -17,6 +17,7 @@ import trio
 from supervisor.errors import OverCapacity, SupervisorError, UnknownRoute
 from supervisor.gateway.heads import agent_head, is_trusted, problem_response
 from supervisor.gateway.splice import Splice
+from supervisor.tenant.name import check_tenant_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -108,6 +109,7 @@ async def _admit(supervisor: Supervisor, upgrade: Upgrade) -> tuple[Tenant, Prin
     request, authenticator = upgrade.request, supervisor.authenticator
     authenticator.check_host_and_origin(request.headers)
     name, target = route(request.target.decode("ascii"))
+    check_tenant_name(name)
     query = target.partition("?")[2]
     principal = authenticator.authenticate(request.headers, query, tenant=name, upgrade=True)
     principal.require("connect", name)

@@ -89,6 +89,10 @@ async def exchange(stream: trio.abc.Stream, head: bytes) -> Answer:
             while (event := _agent_said(http)) is not None:
                 rest = http.trailing_data[0]
                 answer_head = received[: len(received) - len(rest)]
+                if len(answer_head) > MAX_HEAD_BYTES:
+                    raise AgentProtocolError(
+                        f"the agent's answer is not HTTP/1.1: its head is longer than {MAX_HEAD_BYTES} bytes"
+                    )
                 if event.status_code == 101 or event.status_code >= 200:
                     return Answer(event.status_code, answer_head, rest, http)
                 received = rest  # 100, 103: not the answer yet
