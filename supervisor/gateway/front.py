@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     import h11
 
-    from supervisor.gateway.parser import App
     from supervisor.gateway.listeners import Listener
+    from supervisor.gateway.parser import App
     from supervisor.settings import Settings
     from supervisor.telemetry import Telemetry
 

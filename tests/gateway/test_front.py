@@ -452,7 +452,7 @@ async def test_the_end_closes_idle_connections_and_gives_answers_their_time():
         with pytest.raises(OSError, match="failed"):
             await kit.connect()
         assert not (await read_all(streaming)).endswith(b"0\r\n\r\n")
-        assert 0.25 < trio.current_time() - began < 1
+        assert 0.25 < trio.current_time() - began < 5
         # An upgraded connection is not the front's to end.
         await upgraded.send_all(b"still")
         await read_until(upgraded, b"still")
