@@ -73,8 +73,8 @@ class Connection(WebSocketConnection):
         finally:
             await trio.aclose_forcefully(self._stream)
 
-    async def keep_alive(self) -> None:
-        """Pings every 20 s; returns when the connection ends, after ending it itself if the peer is silent (S3-18).
+    async def keep_alive(self) -> bool:
+        """Pings every 20 s until the connection ends; True if it was ended here, as its peer is silent (S3-18).
 
         Silent means: 120 s after a ping neither its pong nor anything else has come. It does not count while
         our own handler is what holds the reader up: that says nothing of the peer.
@@ -86,10 +86,10 @@ class Connection(WebSocketConnection):
                 with trio.move_on_after(PONG_WITHIN_S) as waiting:
                     await self.ping()
             except ConnectionClosed:
-                return
+                return False
             if waiting.cancelled_caught and heard == self._heard and not self._handler_is_late():
                 await trio.aclose_forcefully(self._stream)
-                return
+                return True
 
     def _handler_is_late(self) -> bool:
         """The queue is full, and the handler is not waiting for the peer to read."""

@@ -45,9 +45,9 @@ _UNFIT_FOR_CHILDREN = ("TENANTRY_LINK_FD",)
 # environment comes as arguments, since Python would add to its own (PEP 538).
 _ON_TERMINAL = """\
 import os, signal, sys
-os.login_tty(0)
-for number in (signal.SIGPIPE, signal.SIGXFSZ):
+for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
     signal.signal(number, signal.SIG_DFL)
+os.login_tty(0)
 count = int(sys.argv[1])
 rest = sys.argv[2:]
 try:

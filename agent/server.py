@@ -16,7 +16,7 @@ from typing import TypeAlias
 import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection, WebSocketRequest
 
-from agent.connection import Connection
+from agent.connection import PONG_WITHIN_S, Connection
 
 Handler: TypeAlias = Callable[[WebSocketConnection], Awaitable[None]]
 # The handler for a path (without its query), or None: 404.
@@ -45,6 +45,8 @@ class Server:
         self._on_drain = on_drain
         self._draining = trio.Event()
         self._open: set[Connection] = set()
+        # Those in `_open`, and those whose answer is on its way.
+        self._accepted = 0
         self._idle = trio.Event()
         self._numbers = itertools.count(1)
 
@@ -66,7 +68,7 @@ class Server:
                         closing.start_soon(self._close_for_restart, connection)
                     if self._on_drain is not None:
                         closing.start_soon(self._on_drain)
-                if self._open:
+                if self._accepted:
                     await self._idle.wait()
             nursery.cancel_scope.cancel()
 
@@ -85,13 +87,38 @@ class Server:
     async def _serve_connection(self, stream: trio.abc.Stream, name: str) -> None:
         ws = Connection(stream)
         async with trio.open_nursery() as nursery:
-            accepted: Handler | None = None
-            with trio.move_on_after(HANDSHAKE_S) as handshake:
+            request: WebSocketRequest | None = None
+            deadline = trio.current_time() + HANDSHAKE_S
+            with trio.CancelScope(deadline=deadline) as handshake:
                 nursery.start_soon(_read, ws, handshake)
-                accepted = await self._answer(await ws.wait_request())
-            if accepted is not None:
-                nursery.start_soon(ws.keep_alive)
-                await self._run_handler(accepted, ws, f"{name} on {ws.path}")
+                request = await ws.wait_request()
+            if request is not None:
+                self._accepted += 1
+                try:
+                    await self._serve_request(request, ws, deadline, name)
+                finally:
+                    self._accepted -= 1
+                    if self._draining.is_set() and not self._accepted:
+                        self._idle.set()
+            nursery.cancel_scope.cancel()
+
+    async def _serve_request(self, request: WebSocketRequest, ws: Connection, deadline: float, name: str) -> None:
+        handler: Handler | None = None
+        with trio.CancelScope(deadline=deadline):
+            handler = await self._answer(request)
+        if handler is None:
+            return
+        name = f"{name} on {ws.path}"
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_keep_alive, ws, name)
+            self._open.add(ws)
+            try:
+                if self._draining.is_set():  # The signal came while the answer went out.
+                    await self._close_for_restart(ws)
+                else:
+                    await self._run_handler(handler, ws, name)
+            finally:
+                self._open.discard(ws)
             nursery.cancel_scope.cancel()
 
     async def _answer(self, request: WebSocketRequest) -> Handler | None:
@@ -111,24 +138,15 @@ class Server:
         return None
 
     async def _run_handler(self, handler: Handler, ws: Connection, name: str) -> None:
-        self._open.add(ws)
+        code, reason = 1000, ""
         try:
-            if self._draining.is_set():  # The signal came while the answer went out.
-                await self._close_for_restart(ws)
-                return
-            code, reason = 1000, ""
-            try:
-                await handler(ws)
-            except* ConnectionClosed:
-                pass
-            except* Exception as errors:
-                log(f"the handler of {name} failed: {_first(errors)!r}", errors)
-                code, reason = 1011, "the handler failed"
-            await ws.close(code, reason, CLOSE_S)
-        finally:
-            self._open.discard(ws)
-            if self._draining.is_set() and not self._open:
-                self._idle.set()
+            await handler(ws)
+        except* ConnectionClosed:
+            pass
+        except* Exception as errors:
+            log(f"the handler of {name} failed: {_first(errors)!r}", errors)
+            code, reason = 1011, "the handler failed"
+        await ws.close(code, reason, CLOSE_S)
 
     async def _close_for_restart(self, ws: Connection) -> None:
         """One that fails to close is logged and does not stop the others (S3-14)."""
@@ -142,6 +160,11 @@ async def _read(ws: Connection, handshake: trio.CancelScope) -> None:
     """A peer that leaves before its request is whole ends the reader, and so the wait for the request."""
     await ws.run_reader()
     handshake.cancel()
+
+
+async def _keep_alive(ws: Connection, name: str) -> None:
+    if await ws.keep_alive():
+        log(f"{name} was ended: its peer is silent, and has not answered a ping for {PONG_WITHIN_S:.0f} s")
 
 
 def _first(error: BaseException) -> BaseException:

@@ -102,13 +102,16 @@ async def test_text_is_measured_in_bytes(serve, autojump_clock):
     assert (await wire.closed_with())[0] == 1009
 
 
-async def test_what_comes_after_1009_is_dropped_until_the_peer_closes(serve, autojump_clock):
+async def test_what_comes_after_1009_is_dropped_until_the_peer_closes(serve, autojump_clock, capsys):
     wire = await serve().open()
     await wire.send(BINARY, b"a" * (MAX_MESSAGE_BYTES + 1))
     for _ in range(3):
         await wire.send(BINARY, b"a" * 1000)
         await wire.send(PING)
+    await wire.send(BINARY, b"a" * (MAX_MESSAGE_BYTES + 1))
     assert (await wire.closed_with())[0] == 1009
+    await trio.testing.wait_all_tasks_blocked()
+    assert capsys.readouterr().err == ""
 
 
 async def test_a_ping_that_crosses_our_close_does_not_break_the_close(serve, autojump_clock, capsys):
@@ -118,8 +121,10 @@ async def test_a_ping_that_crosses_our_close_does_not_break_the_close(serve, aut
         return
 
     wire = await serve(leave=leave).open("/leave")
+    await trio.testing.wait_all_tasks_blocked()
     await wire.send(PING, b"crossing")
     assert await wire.closed_with() == (1000, "")
+    await trio.testing.wait_all_tasks_blocked()
     assert capsys.readouterr().err == ""
 
 
@@ -135,13 +140,15 @@ async def test_a_peer_that_answers_pings_stays_for_an_hour(serve, autojump_clock
     assert await wire.frame() == (TEXT, b"after an hour")
 
 
-async def test_a_peer_without_a_pong_is_dropped_after_120_s(serve, autojump_clock):
+async def test_a_peer_without_a_pong_is_dropped_after_120_s(serve, autojump_clock, capsys):
     """S3-18: the deadline for the pong."""
     wire = await serve().open()
     start = trio.current_time()
     assert (await wire.frame())[0] == PING
     await wire.ends()
     assert trio.current_time() - start == pytest.approx(140.0)
+    await trio.testing.wait_all_tasks_blocked()
+    assert "connection 1 on /echo was ended" in capsys.readouterr().err
 
 
 async def test_a_peer_that_does_not_read_is_dropped_too(serve, autojump_clock):
@@ -215,6 +222,7 @@ async def test_the_queue_of_a_connection_is_bounded(serve, autojump_clock):
             await wire.send(TEXT, b"a")
             sent += 1
     assert sent <= connection.MAX_QUEUED_MESSAGES + 2
+    assert connection.MAX_QUEUED_MESSAGES * MAX_MESSAGE_BYTES <= 64 * 1024 * 1024
 
 
 async def test_nothing_follows_half_a_frame(serve, autojump_clock):

@@ -227,9 +227,11 @@ async def test_a_terminal_is_one_with_a_size(desk):
 @bounded
 async def test_control_c_on_a_terminal_is_a_signal(desk):
     wire = await desk()
-    started = await wire.call("process.start", argv=sh("echo ready; sleep 100"), pty={})
-    while "ready" not in (await wire.notification())["params"]["data"]:
-        pass
+    started = await wire.call("process.start", argv=["cat"], pty={})
+    await wire.call("process.stdin", id=started["id"], data="a\n")
+    shown = ""
+    while shown.count("a") < 2:  # The terminal's own echo, and then what `cat` says.
+        shown += (await wire.notification())["params"]["data"]
     await wire.call("process.stdin", id=started["id"], data="\x03")
     _, end = await wire.until_exit(started["id"])
     assert end["signal"] == "SIGINT"
@@ -393,6 +395,70 @@ async def test_a_flood_from_out_of_reach_does_not_hold_the_exit_for_ever(desk, t
 
 
 @bounded
+async def test_output_that_never_ends_does_not_hold_the_exit_for_ever(desk, monkeypatch):
+    """However quick who holds the pipe may be: what the command itself left in it is bounded."""
+
+    async def always_something(self, fd):
+        await trio.lowlevel.checkpoint()
+        return b"x" * 65536
+
+    monkeypatch.setattr(processes.Process, "_read", always_something)
+    wire = await desk()
+    started = await wire.call("process.start", argv=["true"])
+    _, end = await wire.until_exit(started["id"])
+    assert not end["output_complete"]
+
+
+@bounded
+async def test_input_that_nobody_will_read_is_told_at_the_exit(desk, tmp_path):
+    wire = await desk()
+    started = await wire.call("process.start", argv=["python3", "-c", ESCAPE, "time.sleep(60)"])
+    request = await wire.ask("process.stdin", id=started["id"], data="x" * 1_000_000)
+    while (message := await wire.message()).get("id") != request:
+        pass
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+    assert message["error"]["data"]["code"] == "exited"
+
+
+@bounded
+async def test_no_output_flows_before_the_client_knows_the_process(desk, tmp_path, nursery):
+    heard = []
+
+    async def sink(method, params):
+        heard.append(method)
+        return True
+
+    owner = processes.Processes(nursery, {"PATH": os.environ["PATH"]})
+    command = processes.Command(
+        argv=["echo", "a"], env={}, cwd=str(tmp_path), terminal=None, encoding="utf-8", detach=False
+    )
+    process = await owner.start(command, sink)
+    await trio.sleep(0.1)
+    assert heard == []
+    process.release()
+    await until(lambda: len(heard) == 2)
+    assert heard == ["process.output", "process.exit"]
+
+
+@bounded
+async def test_a_process_that_is_being_started_at_the_end_is_ended_too(desk, monkeypatch):
+    spawn, spawning = processes._spawn, trio.Event()
+
+    async def slow_spawn(*args):
+        process = await spawn(*args)
+        spawning.set()
+        await trio.sleep(0.1)
+        return process
+
+    monkeypatch.setattr(processes, "_spawn", slow_spawn)
+    wire = await desk()
+    await wire.ask("process.start", argv=["sleep", "1000"])
+    await spawning.wait()
+    with trio.fail_after(2):
+        await desk.routes.end()
+
+
+@bounded
 async def test_a_client_that_does_not_read_stops_the_process_and_not_the_agent(desk, nursery, tmp_path):
     """Output waits for the client: the program blocks on its pipe, and nothing piles up."""
     await desk()
@@ -463,6 +529,23 @@ async def test_the_end_of_the_agent_ends_all_within_its_drain(desk, tmp_path):
     ended = {p["id"]: p["returncode"] for p in (await wire_after(wire, "process.list"))["processes"]}
     assert ended == {polite["id"]: 0, rude["id"]: -9}
     assert (await wire_error(wire, "process.start", argv=["true"]))["data"]["code"] == "busy"
+
+
+@bounded
+async def test_files_are_written_read_listed_and_removed(desk, tmp_path):
+    wire = await desk()
+    text = "é" * 1_500_000
+    assert await wire.call("file.write", path="a/b", data=text, parents=True) == {"size": 3_000_000}
+    assert (tmp_path / "a" / "b").read_text() == text
+    first = await wire.call("file.read", path="a/b")
+    second = await wire.call("file.read", path="a/b", offset=2 * 1024 * 1024)
+    assert first["data"] + second["data"] == text
+    assert (first["eof"], second["eof"]) == (False, True)
+    (entry,) = (await wire.call("file.list", path="a"))["entries"]
+    assert (entry["name"], entry["type"], entry["size"]) == ("b", "file", 3_000_000)
+    assert (await wire.call("file.stat", path="a"))["type"] == "directory"
+    assert await wire.call("file.remove", path="a", recursive=True) == {}
+    assert (await wire.error("file.stat", path="a"))["data"]["code"] == "not_found"
 
 
 async def wire_after(wire, method):

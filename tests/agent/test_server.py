@@ -204,6 +204,21 @@ async def test_an_upgrade_during_the_drain_is_refused_with_503(nursery, autojump
     assert (await holding.closed_with())[0] == 1012
 
 
+async def test_an_upgrade_that_is_being_answered_at_the_signal_gets_its_1012(nursery, autojump_clock):
+    listener, server = MemoryListener(), Server({"/echo": echo}.get)
+    nursery.start_soon(server.serve, [listener])
+    ours, theirs = trio.testing.lockstep_stream_pair()
+    listener._send.send_nowait(theirs)
+    await ours.send_all(head())
+    await trio.testing.wait_all_tasks_blocked()  # The 101 waits for its reader.
+    server.drain()
+    await trio.testing.wait_all_tasks_blocked()
+    wire = Wire(ours)
+    await wire.read_answer()
+    assert wire.status == 101
+    assert await wire.closed_with() == (1012, "Server restarting")
+
+
 async def test_a_connection_that_fails_to_close_does_not_stop_the_others(nursery, autojump_clock, monkeypatch, capsys):
     """S3-14: one socket that fails to close does not stop the rest."""
     listener, server = MemoryListener(), Server({"/echo": echo}.get)

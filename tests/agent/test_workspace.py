@@ -8,7 +8,9 @@ import threading
 
 import pytest
 
+import agent.workspace
 from agent import files, rpc
+from agent.content import decode
 from agent.files import Files, List, Read, Remove, Stat, Write
 from agent.workspace import Workspace
 
@@ -84,13 +86,16 @@ def test_no_path_and_no_link_leads_out(box, home, ways_out, path):
     assert (home.parent / "outside" / "file").read_text() == "secret"
 
 
-@pytest.mark.parametrize("path", ["in/file", "./in//file", "in/../in/file", "near/file", "far/file", "sub/../in/file"])
+@pytest.mark.parametrize(
+    "path", ["in/file", "./in//file", "in/../in/file", "near/file", "far/file", "sub/../in/file", "sub/far/file"]
+)
 def test_what_stays_inside_is_reached_by_any_way(box, home, path):
     (home / "in").mkdir()
     (home / "in" / "file").write_text("here")
     (home / "near").symlink_to("in")
     (home / "far").symlink_to(home / "in")
     (home / "sub").mkdir()
+    (home / "sub" / "far").symlink_to(home / "in")
     assert box.read(Read(path))["data"] == "here"
     assert box.read(Read(str(home / "in" / "file")))["data"] == "here"
 
@@ -139,6 +144,24 @@ def test_a_directory_that_turns_into_a_link_meanwhile_leads_nowhere(box, home):
     assert "secret" not in read
     assert "here" in read
     assert read <= {"here", "not_found", "outside_workspace", "not_a_directory", "changed"}
+
+
+@pytest.mark.parametrize("path", ["way/file", "file"])
+def test_a_name_that_turns_into_a_link_between_look_and_open_is_not_followed(box, home, monkeypatch, path):
+    (home / "way").mkdir()
+    (home / "way" / "file").write_text("here")
+    (home / "file").write_text("here")
+    look = agent.workspace._link_target
+
+    def look_then_swap(directory, name):
+        target = look(directory, name)
+        if name == path.partition("/")[0] and target is None:
+            os.rename(home / name, home / "old")
+            os.symlink(home.parent / ("outside" if name == "way" else "secret"), home / name)
+        return target
+
+    monkeypatch.setattr(agent.workspace, "_link_target", look_then_swap)
+    assert failure(box.read, Read(path)) in ("changed", "not_a_directory")
 
 
 def test_the_workspace_stays_the_same_when_it_is_renamed(box, home):
@@ -216,8 +239,6 @@ def test_a_file_is_read_in_parts_to_its_end(box, home):
     first = box.read(Read("file", encoding="base64"))
     rest = box.read(Read("file", offset=files.MAX_READ_BYTES, encoding="base64"))
     assert (first["eof"], rest["eof"], first["size"]) == (False, True, len(data))
-    from agent.content import decode
-
     assert decode(first["data"], "base64") + decode(rest["data"], "base64") == data
     assert box.read(Read("file", offset=10**12, length=1)) == {
         "data": "",
