@@ -18,8 +18,8 @@ from werkzeug.routing import BaseConverter
 
 from supervisor.errors import UnknownRoute
 from supervisor.gateway import openapi, pages, problems, surface
-from supervisor.gateway.auth import check_tenant_name
 from supervisor.tenant.description import rfc3339
+from supervisor.tenant.name import check_tenant_name
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence

@@ -22,6 +22,7 @@ from supervisor.gateway.hosts import host_check
 from supervisor.gateway.secret import MIN_SECRET_BYTES
 from supervisor.gateway.secret import load_or_create_secret as load_or_create_secret
 from supervisor.gateway.tickets import Tickets
+from supervisor.tenant.name import check_tenant_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -34,18 +35,8 @@ _ISSUER: Final = "tenantry"
 # It goes on to the agent in a header.
 _SUBJECT: Final = re.compile(r"[!-~](?:[ -~]{0,253}[!-~])?")
 _COMPACT_JWT: Final = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+){2}")
-_TENANT_NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 # Another machine's clock, or ours after it was set back, may be this far off.
 _SKEW_S: Final = 60.0
-
-
-def check_tenant_name(name: str) -> str:
-    """Returns the name; raises BadTenantName if it is none."""
-    if not _TENANT_NAME.fullmatch(name):
-        raise BadTenantName(
-            "a tenant's name has 1 to 63 characters: lower-case letters, digits and '-', not beginning with '-'"
-        )
-    return name
 
 
 @attrs.frozen(kw_only=True)
@@ -190,7 +181,7 @@ class Authenticator:
             and (expires_at is None or _is_time(expires_at))
             and (not_before is None or _is_time(not_before))
             # Every tenant is `null` in so many words: a claim that somebody forgot opens nothing.
-            and (tenant is None or (isinstance(tenant, str) and _TENANT_NAME.fullmatch(tenant) is not None))
+            and (tenant is None or _is_tenant_name(tenant))
             and _SUBJECT.fullmatch(claims["sub"]) is not None
             and bool(scopes)
             and (tenant is not None or "admin" in scopes)
@@ -302,6 +293,13 @@ def _query(query: str) -> list[tuple[str, str]]:
         return parse_qsl(query, keep_blank_values=True, max_num_fields=100)
     except ValueError:
         raise NotAuthenticated("the URL has more than 100 query values") from None
+
+
+def _is_tenant_name(value: object) -> bool:
+    try:
+        return isinstance(value, str) and check_tenant_name(value) == value
+    except BadTenantName:
+        return False
 
 
 def _is_time(value: object) -> bool:

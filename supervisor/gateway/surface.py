@@ -69,6 +69,14 @@ class TokenBody(Struct, forbid_unknown_fields=True, frozen=True):
 # ---- answers ---------------------------------------------------------------------------------------------
 
 
+class LastExit(Struct, forbid_unknown_fields=True, frozen=True):
+    generation: int
+    reason: Annotated[str, Meta(description="Why it ended: exited, reset, abandoned, sleep, delete or drain.")]
+    returncode: Annotated[int, Meta(description="-N: killed by signal N.")] | None
+    signal: int | None
+    time: Time
+
+
 class Tenant(Struct, forbid_unknown_fields=True, frozen=True):
     name: TenantName
     state: Literal["asleep", "starting", "running", "draining", "failed"]
@@ -76,7 +84,7 @@ class Tenant(Struct, forbid_unknown_fields=True, frozen=True):
     generation: Annotated[int, Meta(ge=0, description="Counts the agent processes.")]
     pid: int | None
     restarts: Annotated[int, Meta(ge=0, description="Starts that followed an end that nobody asked for.")]
-    last_exit: Annotated[dict[str, Any], Meta(description="How the agent before ended.")] | None
+    last_exit: Annotated[LastExit, Meta(description="How the agent before ended.")] | None
     connections: Annotated[int, Meta(ge=0)]
     why_awake: list[str]
     sleeps_at: Annotated[Time, Meta(description="When it falls asleep if nothing happens.")] | None

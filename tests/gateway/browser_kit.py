@@ -18,7 +18,7 @@ import trio
 from supervisor.client import ConnectionClosed, WebSocket, open_websocket_url
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-PATIENCE_S = 20.0
+PATIENCE_S = 40.0
 _FLAGS = (
     "--headless",
     "--no-sandbox",
@@ -36,6 +36,7 @@ _FLAGS = (
     "--disable-breakpad",
     "--mute-audio",
     "--hide-scrollbars",
+    "--window-size=1280,800",
     # Whatever asks for another host than this one gets no answer.
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
     "--remote-debugging-port=0",
@@ -123,7 +124,8 @@ class Page:
         return await self.evaluate(f"document.querySelector({json.dumps(selector)}).textContent")
 
     async def wait_for_text(self, selector: str, text: str) -> None:
-        await self.wait_for(f"document.querySelector({json.dumps(selector)}).textContent.includes({json.dumps(text)})")
+        found = f"[...document.querySelectorAll({json.dumps(selector)})]"
+        await self.wait_for(f"{found}.some((one) => one.textContent.includes({json.dumps(text)}))")
 
     async def click(self, selector: str) -> None:
         """As a person does: the pointer at its middle, so that what is hidden or covered is not clicked."""
@@ -134,14 +136,13 @@ class Page:
                 element.scrollIntoView({{block: "nearest"}});
                 const {{x, y, width, height}} = element.getBoundingClientRect();
                 const at = document.elementFromPoint(x + width / 2, y + height / 2);
-                return {{x: x + width / 2, y: y + height / 2, hit: at !== null && (element.contains(at) || at.contains(element))}};
+                const hit = at !== null && (element.contains(at) || at.contains(element));
+                return {{x: x + width / 2, y: y + height / 2, hit}};
             }})()"""
         )
         assert box["hit"], f"{selector} is hidden or covered"
         for kind in ("mousePressed", "mouseReleased"):
-            await self.call(
-                "Input.dispatchMouseEvent", type=kind, x=box["x"], y=box["y"], button="left", clickCount=1
-            )
+            await self.call("Input.dispatchMouseEvent", type=kind, x=box["x"], y=box["y"], button="left", clickCount=1)
 
     async def type(self, text: str) -> None:
         await self.call("Input.insertText", text=text)
@@ -162,7 +163,7 @@ class Page:
 
     async def screenshot(self, path: Path) -> None:
         answer = await self.call("Page.captureScreenshot", format="png")
-        path.write_bytes(base64.b64decode(answer["data"]))
+        await trio.Path(path).write_bytes(base64.b64decode(answer["data"]))
 
 
 @contextlib.asynccontextmanager

@@ -55,6 +55,7 @@ class FakeSupervisor:
 
     async def measure(self) -> None:
         await trio.lowlevel.checkpoint()
+        self.calls.append(("measure",))
 
     async def tokens_valid_after(self, name: str) -> float:
         return self.valid_after.get(name, 0.0)

@@ -50,6 +50,13 @@ async def test_a_tenant_is_told_as_the_document_says(app):
     assert reply.json()["since"].endswith("Z")
 
 
+async def test_how_the_agent_ended_is_told_as_the_document_says(app):
+    ended = {"generation": 3, "reason": "exited", "returncode": -9, "signal": 9, "time": NOW}
+    app.supervisor.set("acme", state="failed", last_exit=ended)
+    told = msgspec.json.decode((await app.request("GET", T, token=app.token())).body, type=surface.Tenant)
+    assert (told.last_exit.signal, told.last_exit.time.timestamp()) == (9, NOW)
+
+
 async def test_put_creates_a_tenant_once_and_then_replaces_its_settings(app):
     admin = app.token("new", "admin")
     made = await app.request("PUT", "/v1/tenants/new", token=admin)
@@ -272,6 +279,7 @@ async def test_metrics_are_open_only_where_nobody_else_can_ask(app):
     assert reply.status == 200
     assert reply.headers["content-type"].startswith("text/plain")
     assert b"\ntenantry_" in reply.body
+    assert app.supervisor.calls == [("measure",)]
     for settings, addresses in [
         (Settings(public_url="https://a.example"), ("127.0.0.1:1",)),
         (Settings(allowed_hosts=("a.example",)), ("0.0.0.0:1",)),

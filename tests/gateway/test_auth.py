@@ -17,8 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from supervisor.errors import BadTenantName, ConfigError, NotAllowed, NotAuthenticated, OverCapacity, Refused
-from supervisor.gateway.auth import SCOPES, Authenticator, Principal, check_tenant_name, load_or_create_secret
+from supervisor.gateway.auth import SCOPES, Authenticator, Principal, load_or_create_secret
 from supervisor.settings import AuthSettings, Settings, TenantSettings
+from supervisor.tenant.name import check_tenant_name
 
 SECRET = b"a secret of forty-eight bytes, as HS384 would ask"
 LOOPBACK = ("127.0.0.1:8000",)

@@ -72,13 +72,13 @@ function told(description) {
 
 function paste(method, path, operation) {
   if (operation.responses["101"]) {
-    const at = location.origin.replace(/^http/, "ws") + path.replace("{path}", "");
+    const at = location.origin.replace(/^http/, "ws") + path.replace("{path}", "").replace("{tenant}", "TENANT");
     return `# any WebSocket client\n${at}?token=$TENANTRY_TOKEN`;
   }
   const verb = method === "get" ? "" : ` -X ${method.toUpperCase()}`;
   const token = operation.security?.some((one) => one.token) ? ` -H "Authorization: Bearer $TENANTRY_TOKEN"` : "";
   const body = operation.requestBody ? ` --json '{}'` : "";
-  return `curl${verb}${token}${body} ${location.origin}${path.replace(/{(\w+)}/g, "$1".toUpperCase())}`;
+  return `curl${verb}${token}${body} ${location.origin}${path.replace(/{(\w+)}/g, (_, name) => name.toUpperCase())}`;
 }
 
 function rightOf(operation, path) {

@@ -13,7 +13,15 @@ const STATES = {
   failed: "Failed",
   missing: "Not there yet",
   unreachable: "No answer",
-  unknown: "Unknown",
+  unknown: "Looking …",
+};
+const EXITS = {
+  exited: "by itself",
+  reset: "started anew",
+  abandoned: "nobody waited",
+  sleep: "put to sleep",
+  delete: "deleted",
+  drain: "drained",
 };
 const CLOSES = {
   1000: "the agent has finished",
@@ -30,6 +38,8 @@ const CLOSES = {
   1013: "over capacity, try again later",
 };
 
+const FACTS = ["generation", "pid", "connections", "restarts", "why", "sleeps", "exit"];
+
 const $ = (id) => document.getElementById(id);
 const screen = new Screen($("screen"), $("lines"));
 const history_ = { lines: [], at: 0 };
@@ -37,7 +47,6 @@ let tenant = "";
 let seen = null;
 let socket = null;
 let shell = null;
-let leaving = false;
 let connectedBefore = false;
 let attempt = 0;
 
@@ -54,9 +63,6 @@ function showState(state, told = "") {
 
 function showTenant(now) {
   showState(now.state, `for ${span(Date.now() - Date.parse(now.since))}`);
-  const fact = (name, value) => {
-    $(`fact-${name}`).textContent = value === null || value === "" ? "–" : value;
-  };
   fact("generation", now.generation);
   fact("pid", now.pid);
   fact("connections", now.connections);
@@ -70,10 +76,15 @@ function showTenant(now) {
   seen = now;
 }
 
-function exitTold(exit) {
-  const told = exit.reason ?? exit.signal ?? exit.status ?? exit.returncode;
-  const words = typeof told === "number" ? `exit status ${told}` : String(told ?? JSON.stringify(exit));
-  return exit.time ? `${words}, ${span(Date.now() - Date.parse(exit.time))} ago` : words;
+function fact(name, value) {
+  const empty = value === null || value === "";
+  $(`fact-${name}`).textContent = empty ? "–" : value;
+  $(`fact-${name}`).parentElement.toggleAttribute("data-empty", empty);
+}
+
+function exitTold({ reason, returncode, signal, time }) {
+  const status = signal ? `killed by signal ${signal}` : returncode === null ? "unknown status" : `status ${returncode}`;
+  return `${EXITS[reason] ?? reason}, ${status}, ${span(Date.now() - Date.parse(time))} ago`;
 }
 
 function span(ms) {
@@ -100,7 +111,7 @@ function showNoTenant(problem) {
   else if (problem.status === 401) askForToken(problem.message);
   else if (problem.code === "unreachable") showState("unreachable", "trying again");
   else showState("unknown", problem.message);
-  for (const fact of $("facts").querySelectorAll("dd")) fact.textContent = "–";
+  for (const name of FACTS) fact(name, null);
   if (problem.code === "unknown_tenant") seen = null;
 }
 
@@ -138,6 +149,7 @@ function showLink(link, told) {
   const open = link === "open";
   $("connect").textContent = open ? "Disconnect" : link === "opening" ? "Cancel" : connectedBefore ? "Reconnect" : "Connect";
   $("connect").classList.toggle("main", !open && link !== "opening");
+  $("connect").disabled = !tenant;
   $("line").disabled = !open;
   $("line").placeholder = open ? "" : "Connect to type";
   for (const choice of document.querySelectorAll("input[name=mode]")) choice.disabled = link !== "closed";
@@ -158,12 +170,11 @@ async function connect() {
   const raw = mode() === "raw";
   const path = raw ? `/${$("path").value.trim().replace(/^\/+/, "")}` : "/";
   showLink("opening", "Waking the agent …");
-  let url;
+  let ticket;
   try {
     // Asked for in so many words, since a browser does not tell why a WebSocket was refused.
     showTenant(await call("POST", tenantPath(tenant, "wake"), {}));
-    const ticket = await call("POST", tenantPath(tenant, "tickets"), {});
-    url = new URL(ticket.path, location.href);
+    ({ ticket } = await call("POST", tenantPath(tenant, "tickets"), {}));
   } catch (problem) {
     if (mine === attempt) {
       showLink("closed", "Not connected");
@@ -172,14 +183,13 @@ async function connect() {
     return;
   }
   if (mine !== attempt) return;
-  const [before, query] = [tenantPath(tenant, "connect"), url.searchParams.get("ticket")];
-  url = new URL(before + path, location.href);
-  url.searchParams.set("ticket", query);
+  const url = new URL(tenantPath(tenant, "connect") + path, location.href);
+  url.searchParams.set("ticket", ticket);
   url.protocol = location.protocol === "https:" ? "wss:" : "ws:";
-  open(url, raw, mine);
+  open(url, raw);
 }
 
-function open(url, raw, mine) {
+function open(url, raw) {
   showLink("opening", "Connecting …");
   const ours = new WebSocket(url);
   socket = ours;
@@ -195,21 +205,19 @@ function open(url, raw, mine) {
     if (shell !== null && typeof data === "string") shell.receive(data);
     else screen.tell("received", typeof data === "string" ? data : hex(data));
   };
-  ours.onclose = ({ code, reason }) => {
-    if (mine !== attempt && socket !== ours) return;
-    socket = null;
-    shell?.end();
-    shell = null;
-    const words = leaving ? "by you" : closeTold(code, reason);
-    leaving = false;
-    showLink("closed", `Closed: ${words}`);
-    screen.tell([1000, 1001, 1005].includes(code) ? "notice" : "error", `closed with ${code}: ${words}`);
-  };
+  ours.onclose = ({ code, reason }) => ended(code, closeTold(code, reason));
+}
+
+function ended(code, words) {
+  socket = null;
+  shell?.end();
+  shell = null;
+  showLink("closed", `Closed: ${words}`);
+  screen.tell([1000, 1001, 1005].includes(code) ? "notice" : "error", `closed with ${code}: ${words}`);
 }
 
 function closeTold(code, reason) {
-  const words = CLOSES[code] ?? (code >= 4000 ? "the agent's own code" : "an unusual code");
-  return reason && reason !== words ? `${words} (${reason})` : words;
+  return reason || (CLOSES[code] ?? (code >= 3000 ? "the agent's own code" : "an unusual code"));
 }
 
 function hex(data) {
@@ -220,15 +228,15 @@ function hex(data) {
 
 function disconnect() {
   attempt += 1;
-  if (socket === null) showLink("closed", "Not connected");
-  else if (socket.readyState === WebSocket.CONNECTING) {
-    socket.onclose = null;
-    socket.close();
+  const left = socket;
+  if (left === null) return showLink("closed", "Not connected");
+  // Whatever still comes of it is of no interest.
+  left.onopen = left.onmessage = left.onclose = null;
+  left.close(1000);
+  if ($("link").dataset.link === "open") ended(1000, "you left");
+  else {
     socket = null;
     showLink("closed", "Not connected");
-  } else {
-    leaving = true;
-    socket.close(1000);
   }
 }
 
@@ -282,7 +290,6 @@ function askForToken(why) {
 function choose(name) {
   if (name === tenant) return;
   disconnect();
-  attempt += 1;
   seen = null;
   connectedBefore = false;
   tenant = name;
@@ -310,6 +317,7 @@ async function begin(asked) {
   $("name").readOnly = own !== null;
   $("choose").querySelector("button").hidden = own !== null;
   tenant = "";
+  showLink("closed", "Not connected");
   choose(own ?? asked ?? names[0] ?? "demo");
   $("connect").focus();
 }

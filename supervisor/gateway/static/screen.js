@@ -1,7 +1,8 @@
 // What is shown of a connection: lines of several kinds, appended a frame at a time and bounded in number.
 
-const MAX_PIECES = 4000;
-const MAX_PENDING = 1 << 20;
+const MAX_KEPT = 150_000;
+const MAX_PENDING = 40_000;
+const MAX_PIECE = 4_000;
 // Colours and cursor movements of programs: this is no terminal.
 const ESCAPES = /\x1b(?:\[[0-9;:?<=>]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])/g;
 
@@ -9,79 +10,84 @@ export class Screen {
   constructor(view, lines) {
     this.view = view;
     this.lines = lines;
-    this.pending = [];
-    this.pendingLength = 0;
-    this.skipped = 0;
-    this.cut = false;
-    this.last = null;
-  }
-
-  /** Text as it came: it goes on in the line that is open. */
-  write(kind, text) {
-    text = text.replace(ESCAPES, "").replaceAll("\r\n", "\n");
-    if (!text) return;
-    if (this.pendingLength > MAX_PENDING) {
-      this.skipped += text.length;
-      return;
-    }
-    this.pendingLength += text.length;
-    this.pending.push([kind, text]);
-    if (this.pending.length === 1) requestAnimationFrame(() => this.flush());
-  }
-
-  /** A line of its own. */
-  tell(kind, text) {
-    this.write(kind, `\u0000${text}\n`);
+    this.clear();
   }
 
   clear() {
     this.pending = [];
     this.pendingLength = 0;
-    this.lines.replaceChildren();
-    this.last = null;
+    this.skipped = 0;
+    this.kept = 0;
     this.cut = false;
+    this.lineOpen = false;
+    this.lines.replaceChildren();
+  }
+
+  /** Text as it came: it goes on in the line that is open. */
+  write(kind, text) {
+    text = text.replace(ESCAPES, "").replaceAll("\r\n", "\n");
+    if (text) this.put({ kind, text, own: false });
+  }
+
+  /** A line of its own. */
+  tell(kind, text) {
+    this.put({ kind, text: `${text}\n`, own: true });
+  }
+
+  put(piece) {
+    if (this.pending.length === 0) requestAnimationFrame(() => this.flush());
+    // No parts that are too large to be dropped one by one.
+    for (let at = 0; at < piece.text.length; at += MAX_PIECE) {
+      const part = { ...piece, text: piece.text.slice(at, at + MAX_PIECE), own: piece.own && at === 0 };
+      this.pending.push(part);
+      this.pendingLength += part.text.length;
+    }
+    // Nobody reads this fast: what is shown is the end.
+    while (this.pendingLength > MAX_PENDING) {
+      const { text } = this.pending.shift();
+      this.pendingLength -= text.length;
+      this.skipped += text.length;
+    }
   }
 
   flush() {
     const view = this.view;
     const atEnd = view.scrollHeight - view.scrollTop - view.clientHeight < 40;
-    const pieces = this.pending;
+    if (this.skipped) {
+      const told = `… ${this.skipped.toLocaleString("en")} characters came too fast to be shown\n`;
+      this.append({ kind: "notice", text: told, own: true });
+    }
+    for (const piece of this.pending) this.append(piece);
     this.pending = [];
     this.pendingLength = 0;
-    if (this.skipped) {
-      pieces.push(["notice", `\u0000… ${this.skipped.toLocaleString("en")} characters came too fast to be shown\n`]);
-      this.skipped = 0;
-    }
-    for (const [kind, text] of pieces) this.append(kind, text);
-    while (this.lines.childNodes.length > MAX_PIECES) {
+    this.skipped = 0;
+    while (this.kept > MAX_KEPT) {
+      this.kept -= this.lines.firstChild.textContent.length;
       this.lines.firstChild.remove();
       this.cut = true;
     }
-    if (this.cut && this.lines.firstChild?.className !== "notice cut") {
-      const note = document.createElement("span");
-      note.className = "notice cut";
-      note.textContent = "… what came before is no longer kept\n";
-      this.lines.prepend(note);
+    if (this.cut && this.lines.firstChild?.dataset.kind !== "cut") {
+      this.lines.prepend(this.span("cut", "… what came before is no longer kept\n"));
     }
     if (atEnd) view.scrollTop = view.scrollHeight;
   }
 
-  append(kind, text) {
-    if (text.startsWith("\u0000")) {
-      text = text.slice(1);
-      if (this.last !== null && !this.last.endsWith("\n")) text = `\n${text}`;
-    }
-    text = text.replaceAll("\u0000", "␀");
+  append({ kind, text, own }) {
+    if (own && this.lineOpen) text = `\n${text}`;
+    this.lineOpen = !text.endsWith("\n");
     const open = this.lines.lastChild;
-    if (open?.dataset.kind === kind && open.textContent.length < 4000) {
+    if (open?.dataset.kind === kind && open.textContent.length + text.length <= MAX_PIECE) {
       open.lastChild.appendData(text);
-    } else {
-      const piece = document.createElement("span");
-      piece.className = kind;
-      piece.dataset.kind = kind;
-      piece.textContent = text;
-      this.lines.append(piece);
-    }
-    this.last = text;
+      this.kept += text.length;
+    } else this.lines.append(this.span(kind, text));
+  }
+
+  span(kind, text) {
+    const made = document.createElement("span");
+    made.className = kind;
+    made.dataset.kind = kind;
+    made.textContent = text;
+    this.kept += text.length;
+    return made;
   }
 }
