@@ -64,7 +64,8 @@ class RpcClient:
         finally:
             del self._waiting[number]
         if waiting.answer is None:
-            raise self._ended or Failure("the connection ended", UNAVAILABLE)
+            assert self._ended is not None
+            raise self._ended
         error = waiting.answer.get("error")
         if error is not None:
             data = error.get("data")
@@ -86,9 +87,10 @@ class RpcClient:
             self._ended = ended(error)
         except (ValueError, AttributeError):
             self._ended = Failure("the agent does not speak JSON-RPC: try `tenantry attach --raw`", UNAVAILABLE)
-        finally:
-            for waiting in self._waiting.values():
-                waiting.answered.set()
+        # Not after `notified` has said that this was all: an input that the process did not wait for has no answer,
+        # and that is no failure.
+        for waiting in self._waiting.values():
+            waiting.answered.set()
         raise self._ended
 
     async def _send(self, message: dict[str, Any]) -> None:

@@ -15,7 +15,8 @@ import h11
 import trio
 
 from supervisor.errors import OverCapacity, SupervisorError, UnknownRoute
-from supervisor.gateway.heads import agent_head, is_trusted, problem_response
+from supervisor.gateway.heads import agent_head, problem_response
+from supervisor.gateway.http import say_and_close
 from supervisor.gateway.splice import Splice
 from supervisor.tenant.name import check_tenant_name
 
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
 
 # What a client may send before it was answered; past that it is left in the kernel's buffer.
 MAX_EAGER_BYTES = 64 * 1024
-# For a refusal to reach a client, and for it to close.
-REFUSAL_S = 5.0
-LINGER_S = 2.0
 
 
 class _ClientLeft(Exception):
@@ -83,7 +81,7 @@ async def serve_upgrade(supervisor: Supervisor, upgrade: Upgrade) -> None:
                 ("Tenantry-Subject", principal.subject),
                 ("Tenantry-Connection", connection),
             ],
-            trusted=is_trusted(upgrade.peer, supervisor.front.trusted),
+            trusted=upgrade.trusted,
         )
         serve = partial(
             _serve_client,
@@ -101,7 +99,7 @@ async def serve_upgrade(supervisor: Supervisor, upgrade: Upgrade) -> None:
     except SupervisorError as error:
         supervisor.telemetry.metrics.refused.labels(reason=error.code).inc()
         supervisor.telemetry.log.info("upgrade_refused", reason=error.code, detail=str(error), peer=upgrade.peer)
-        await refuse(upgrade.stream, error)
+        await refuse(upgrade.stream, error, supervisor.wall_clock())
 
 
 async def _admit(supervisor: Supervisor, upgrade: Upgrade) -> tuple[Tenant, Principal, str]:
@@ -121,8 +119,8 @@ async def _admit(supervisor: Supervisor, upgrade: Upgrade) -> tuple[Tenant, Prin
     return tenant, principal, target
 
 
-async def refuse(stream: trio.abc.Stream, error: SupervisorError) -> None:
-    """Answers with the error as a problem (RFC 9457) and closes. Bounded; the stream is closed on return."""
+async def refuse(stream: trio.abc.Stream, error: SupervisorError, now: float) -> None:
+    """Answers with the error as a problem (RFC 9457), bounded, so that no reset overtakes it. The caller closes."""
     response = problem_response(
         error.status,
         error.code,
@@ -130,24 +128,9 @@ async def refuse(stream: trio.abc.Stream, error: SupervisorError) -> None:
         retryable=error.retryable,
         retry_after_s=error.retry_after_s,
         extra_headers=error.headers,
+        now=now,
     )
-    await send_and_close(stream, response)
-
-
-async def send_and_close(stream: trio.abc.Stream, data: bytes) -> None:
-    """Sends the last bytes and waits, bounded, until the peer has read them, so that no RST overtakes them."""
-    try:
-        with trio.move_on_after(REFUSAL_S):
-            await stream.send_all(data)
-            if isinstance(stream, trio.abc.HalfCloseableStream):
-                await stream.send_eof()
-                with trio.move_on_after(LINGER_S):
-                    while await stream.receive_some(65536):
-                        pass
-    except (trio.BrokenResourceError, trio.ClosedResourceError):
-        pass
-    finally:
-        await trio.aclose_forcefully(stream)
+    await say_and_close(stream, response)
 
 
 async def _serve_client(
@@ -194,7 +177,7 @@ async def _open(
     except SupervisorError as error:
         metrics.refused.labels(reason=error.code).inc()
         log.warning("connect_refused", reason=error.code, detail=str(error))
-        await refuse(stream, error)
+        await refuse(stream, error, supervisor.wall_clock())
         return None
     metrics.connect_seconds.observe(trio.current_time() - began)
     answer, generation = connected.answer, connected.generation
@@ -286,7 +269,7 @@ async def _pass_refusal(connected: Connected, client: trio.abc.Stream) -> None:
         await client.send_all(answer.head)
         async for data in answer.body(connected.stream):
             await client.send_all(data)
-        await send_and_close(client, b"")
+        await say_and_close(client)
     except (trio.BrokenResourceError, trio.ClosedResourceError, h11.RemoteProtocolError):
         pass  # one of the two has gone: what was sent is all there is
     finally:
