@@ -227,10 +227,8 @@ class WebSocket:
             self._pong = event.response()
             await self._send_pong()
         elif isinstance(event, CloseConnection):
-            # The peer's Close, which is answered with the same code, or wsproto's word for a breach of the protocol.
-            from_peer = self._protocol.state is not ConnectionState.OPEN
-            answer = event.response() if from_peer else CloseConnection(event.code, event.reason)
-            await self._end(event.code, event.reason or "", answer)
+            # The peer's Close, or wsproto's word for a breach of the protocol: answered with the same code.
+            await self._end(event.code, event.reason or "", event.response())
         elif event is None:
             await self._read_some()
         return None

@@ -255,7 +255,7 @@ class _LineWriter:
         self._thread.start()
 
     def write(self, line: str) -> None:
-        data = line.encode(errors="backslashreplace") + b"\n"
+        data = line.encode() + b"\n"
         with self._changed:
             if self._closing or self._queued_bytes + len(data) > _MAX_QUEUE_BYTES:
                 self._drop(1)

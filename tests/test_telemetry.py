@@ -207,14 +207,15 @@ def test_a_sink_that_fails_counts_the_lines_and_recovers():
 
     sink = Failing()
     with open_telemetry(LogSettings(), stream=sink) as telemetry:
-        telemetry.log.info("lost")
         until = time.monotonic() + 5
-        while not telemetry.metrics.log_lines_dropped._value.get() and time.monotonic() < until:
-            time.sleep(0.001)
+        for lost in (1, 2):
+            telemetry.log.info("lost")
+            while telemetry.metrics.log_lines_dropped._value.get() < lost and time.monotonic() < until:
+                time.sleep(0.001)
         sink.broken = False
         telemetry.log.info("kept")
     first, second = map(json.loads, sink.getvalue().splitlines())
-    assert (first["event"], first["lines"]) == ("log_lines_dropped", 1)
+    assert (first["event"], first["lines"]) == ("log_lines_dropped", 2)
     assert second["event"] == "kept"
 
 
@@ -223,6 +224,19 @@ def test_the_last_lines_are_there_when_it_is_closed_and_no_thread_is_left():
     told = logged(lambda log: [log.info("x") for _ in range(5000)])
     assert told.count("\n") == 5000
     assert threading.active_count() == before
+
+
+def test_the_bound_is_of_what_waits_and_not_of_all_lines():
+    sink = io.StringIO()
+    with open_telemetry(LogSettings(), stream=sink) as telemetry:
+        for round_number in range(1, 4):
+            for _ in range(30):
+                telemetry.log.info("x" * 100_000)
+            until = time.monotonic() + 5
+            while sink.tell() < round_number * 3_000_000 and time.monotonic() < until:
+                time.sleep(0.001)
+        assert telemetry.metrics.log_lines_dropped._value.get() == 0
+    assert sink.getvalue().count("\n") == 90
 
 
 def test_two_supervisors_in_one_process_do_not_mix_and_nothing_global_is_set():

@@ -104,11 +104,12 @@ def serve(control: socket.socket | None, config: Path | None, overrides: Mapping
     SIGTERM, SIGINT or SIGHUP drains it, and it exits with 0. A second signal cuts the agents' grace short, a
     third forces the end. Exit status 70 if the drain is not done in time, 78 if the settings are wrong.
     """
+    del init  # Taken by `__main__`, before anything was imported.
+    settings = _load(config, overrides).settings
     from supervisor.cli.announcement import announce_server
     from supervisor.supervisor import run_server
 
-    del init  # Taken by `__main__`, before anything was imported.
-    return run_server(_load(config, overrides).settings, control=control, announce=announce_server)
+    return run_server(settings, control=control, announce=announce_server)
 
 
 @tenantry.command(context_settings=_CONTEXT)
