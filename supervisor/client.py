@@ -72,10 +72,11 @@ async def open_websocket(
     close_timeout_s: float = 2.0,
     max_message_bytes: int = 16 * 1024 * 1024,
 ) -> AsyncIterator[WebSocket]:
-    """Upgrades `stream`, which it owns from here on; leaving closes with 1000, or with 1001 on an exception.
+    """Upgrades `stream`, which it owns from here on; leaving closes with 1000 as `WebSocket.aclose` does.
 
     Raises ConnectionRejected, HandshakeFailed, and ValueError for a header or target that HTTP cannot carry.
-    Cancellation sends a Close if the peer takes it within `close_timeout_s`, and waits for no answer.
+    Leaving by an exception or a cancellation sends a Close 1001 if the peer takes it within `close_timeout_s`,
+    and waits for no answer.
     """
     try:
         handshake = _Handshake(host, target, headers, subprotocols)
@@ -87,7 +88,8 @@ async def open_websocket(
     try:
         yield websocket
     except BaseException:
-        await websocket.aclose(1001)
+        with trio.move_on_after(close_timeout_s, shield=True):
+            await websocket._end(1006, "this side left", CloseConnection(1001))
         raise
     else:
         await websocket.aclose()
@@ -214,7 +216,8 @@ class WebSocket:
         except ConnectionClosed:
             pass
         finally:
-            await self._end(1006, "the peer did not answer our Close")
+            with trio.move_on_after(self._close_timeout_s, shield=True):
+                await self._end(1006, "the peer did not answer our Close")
 
     async def _next(self) -> str | bytes | None:
         # One step: what the peer said last, or else some more bytes of it. Gives a message that is complete now.
@@ -272,7 +275,8 @@ class WebSocket:
                 self._raise_if_closed()
                 raise ConnectionClosed(1006, "the peer takes no more data") from error
             except BaseException:
-                await self._end(1006, "a send was cancelled inside a frame")
+                with trio.move_on_after(self._close_timeout_s, shield=True):
+                    await self._end(1006, "a send was cancelled inside a frame")
                 raise
         await self._send_pong()
 

@@ -28,7 +28,8 @@ _DASHES: Final = str.maketrans("._", "--")
 
 # Of the agent's contract and of the client verbs: known, and no settings.
 _OTHER_VARIABLES: Final = frozenset(
-    f"TENANTRY_{name}" for name in ("CONFIG", "INIT", "TOKEN", "URL", "TENANT", "GENERATION", "WORKSPACE", "LISTEN", "LINK_FD")
+    f"TENANTRY_{name}"
+    for name in ("CONFIG", "INIT", "TOKEN", "URL", "TENANT", "GENERATION", "WORKSPACE", "LISTEN", "LINK_FD")
 )
 # Kubernetes gives these to every pod beside a Service that is called "tenantry".
 _OF_KUBERNETES: Final = re.compile(r"TENANTRY_(SERVICE_(HOST|PORT)(_\w+)?|PORT_\d+_(TCP|UDP)(_\w+)?)")

@@ -579,37 +579,31 @@ async def test_the_tail_is_received_after_a_send_failed():
     assert ours.socket.fileno() == -1
 
 
-async def test_leaving_by_an_exception_says_1001_and_passes_it_on(autojump_clock):
+@pytest.mark.parametrize("how", ["exception", "cancellation"])
+async def test_leaving_otherwise_than_by_the_end_says_1001_and_waits_for_no_answer(how, autojump_clock):
+    ours, theirs = memory_stream_pair()
     told = []
 
-    async def serve(stream):
-        peer = Peer(stream)
-        await peer.accept()
-        told.append(await peer.next())
-        await peer.send(told[0].response())
-
-    with pytest.raises(KeyError):
-        async with connected(serve):
-            raise KeyError
-    assert told[0].code == 1001
-
-
-async def test_leaving_by_cancellation_sends_a_close_and_waits_for_none(autojump_clock):
-    told = []
-
-    async def serve(stream):
-        peer = Peer(stream)
+    async def serve():
+        peer = Peer(theirs)
         await peer.accept()
         told.append(await peer.next())
         await trio.sleep_forever()
 
-    begun = trio.current_time()
-    with trio.move_on_after(1) as scope:
-        async with connected(serve) as websocket:
-            await websocket.receive()
-    assert scope.cancelled_caught
-    assert trio.current_time() - begun == pytest.approx(1)
-    assert websocket.close_code == 1006
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(serve)
+        begun = trio.current_time()
+        with contextlib.suppress(KeyError), trio.move_on_after(1) as scope:
+            async with open_websocket(ours, host="x", target="/") as websocket:
+                if how == "exception":
+                    raise KeyError
+                await websocket.receive()
+        assert scope.cancelled_caught is (how == "cancellation")
+        assert trio.current_time() - begun == pytest.approx(0 if how == "exception" else 1)
+        assert websocket.close_code == 1006
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert told[0].code == 1001
 
 
 async def test_closing_beside_a_stuck_send_is_bounded(autojump_clock):

@@ -473,7 +473,10 @@ async def test_attach_gives_a_terminal_to_the_shell_and_takes_it_back(play, term
     assert await run(session.attach, await play(script), "acme", (), terminal.streams) == 3
     assert seen == [0]
     assert termios.tcgetattr(terminal.slave) == before
-    assert os.read(terminal.master, 1000).endswith(b"file\r\n")
+    seen_by_person = b""
+    while not seen_by_person.endswith(b"file\r\n"):
+        seen_by_person += os.read(terminal.master, 1000)
+    assert seen_by_person == b"Connected to acme; Ctrl-] leaves.\r\nfile\r\n"
 
 
 async def test_a_new_size_of_the_terminal_is_passed_on(play, terminal):
