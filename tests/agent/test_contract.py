@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import shutil
 import signal
@@ -240,7 +241,7 @@ async def test_it_serves_at_a_path_where_that_is_set_instead(start, command, tmp
 async def until_executed(pid):
     """Until the shell has become the agent."""
     cmdline = trio.Path(f"/proc/{pid}/cmdline")
-    while b"agent" not in (await cmdline.read_bytes()).split(b"\0")[:4]:  # noqa: ASYNC110
+    while b"agent" not in (await cmdline.read_bytes()).split(b"\0")[:4]:
         await trio.sleep(0.001)
 
 
@@ -320,6 +321,49 @@ async def test_ones_own_handler_is_served_everywhere_but_at_echo(start, tmp_path
     wire = await agent.open("/echo")
     await wire.send(TEXT, b"hello")
     assert await wire.frame() == (TEXT, b"hello")
+
+
+@bounded
+async def test_the_example_of_the_documentation_keeps_the_contract(start, tmp_path):
+    page = (Path(__file__).resolve().parents[2] / "docs" / "agent-contract.md").read_text()
+    (tmp_path / "example.py").write_text(page.partition("```python\n")[2].partition("```")[0])
+    agent = start([sys.executable, "-I", str(tmp_path / "example.py")])
+    wires = [await agent.open("/any") for _ in range(3)]
+    for wire in wires:
+        await wire.send(TEXT, b"hello")
+        assert await wire.frame() == (TEXT, b"hello")
+    silent = await agent.open()
+    agent.process.terminate()
+    for wire in wires:
+        assert await wire.closed_with() == (1012, "Server restarting")
+    assert (await agent.open()).status == 503
+    assert (await silent.frame())[0] == CLOSE
+    assert await agent.exit_status() == 0
+
+
+@bounded
+async def test_every_example_message_of_the_documentation_is_one(start):
+    """Each request on the page, in its order, gets an answer of the shape that the page shows."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "agent-contract.md").read_text()
+    agent = start(AGENTS["python"])
+    wire = await agent.open("/")
+    shown = {}
+    for line in page.splitlines():
+        if line.startswith("← ") and "result" in (message := json.loads(line[2:])):
+            shown[message["id"]] = message["result"]
+    for line in page.splitlines():
+        if not line.startswith("→ "):
+            continue
+        request = json.loads(line[2:])
+        # The page's p1 has ended by then; its own words for that are shown elsewhere.
+        if request["method"] in ("process.stdin", "process.resize", "process.signal"):
+            options = {"pty": {}} if request["method"] == "process.resize" else {}
+            request["params"]["id"] = (await wire.call("process.start", argv=["sleep", "9"], **options))["id"]
+        await wire.send(TEXT, json.dumps(request).encode())
+        answer = await wire.answer(request["id"])
+        assert answer["result"].keys() == shown[request["id"]].keys(), (request, answer)
+        if request["method"] == "process.list":
+            assert answer["result"]["processes"][0].keys() == shown[request["id"]]["processes"][0].keys()
 
 
 @bounded

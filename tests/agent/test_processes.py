@@ -66,7 +66,7 @@ def alive(pid):
 
 async def until(condition):
     # What a real process does is seen in no event.
-    while not condition():  # noqa: ASYNC110
+    while not condition():
         await trio.sleep(0.005)
 
 
