@@ -1,4 +1,4 @@
-"""The whole program as a process of its own: killed in every way, as PID 1, with TLS, on inherited sockets, out of descriptors."""
+"""The whole program as its own process: killed in every way, as PID 1, over TLS, out of descriptors."""
 
 from __future__ import annotations
 
@@ -269,9 +269,11 @@ def certificate(tmp_path):
     if shutil.which("openssl") is None:
         pytest.skip("no openssl on this machine")
     subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-        + ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
-        + ["-keyout", str(tmp_path / "key.pem"), "-out", str(tmp_path / "cert.pem")],
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"),
+            *("-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"),
+            *("-keyout", str(tmp_path / "key.pem"), "-out", str(tmp_path / "cert.pem")),
+        ],
         check=True,
         capture_output=True,
     )

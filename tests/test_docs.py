@@ -1,0 +1,27 @@
+"""What the documents show is what the code has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from supervisor.tenant.lifecycle import TABLE
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_lifecycle_in_the_design_is_the_table():
+    lines = {
+        f"{state.value:<9} --{happening.value:-<10}> {following.value}"
+        for (state, happening), following in TABLE.items()
+    }
+    text = (ROOT / "docs" / "design.md").read_text()
+    drawn = text.partition("<!-- lifecycle")[2].partition("```\n")[2].partition("```")[0]
+    assert set(drawn.splitlines()) == lines
+
+
+def test_every_document_that_is_linked_exists():
+    for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "fixtures" / "README.md"]:
+        for link in document.read_text().split("](")[1:]:
+            target = link.partition(")")[0].partition("#")[0]
+            if target and "://" not in target:
+                assert (document.parent / target).exists(), f"{document.name} links to {target}"
