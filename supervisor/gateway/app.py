@@ -106,6 +106,7 @@ def create_app(supervisor: SupervisorDoor, authenticator: Authenticator, telemet
     app.url_map.converters["anypath"] = _AnyPath
     app.url_map.merge_slashes = False
 
+    # These are async so that Quart does not run them in threads.
     async def check_host() -> None:
         authenticator.check_host_and_origin(request.scope["headers"])
 

@@ -128,19 +128,17 @@ class Page:
         await self.wait_for(f"{found}.some((one) => one.textContent.includes({json.dumps(text)}))")
 
     async def click(self, selector: str) -> None:
-        """As a person does: the pointer at its middle, so that what is hidden or covered is not clicked."""
-        await self.wait_for(f"!document.querySelector({json.dumps(selector)}).disabled")
-        box = await self.evaluate(
+        """As a person does: once it is there to be clicked, and neither hidden nor covered, at its middle."""
+        box = await self.wait_for(
             f"""(() => {{
                 const element = document.querySelector({json.dumps(selector)});
                 element.scrollIntoView({{block: "nearest"}});
                 const {{x, y, width, height}} = element.getBoundingClientRect();
                 const at = document.elementFromPoint(x + width / 2, y + height / 2);
                 const hit = at !== null && (element.contains(at) || at.contains(element));
-                return {{x: x + width / 2, y: y + height / 2, hit}};
+                return hit && width > 0 && !element.disabled && {{x: x + width / 2, y: y + height / 2}};
             }})()"""
         )
-        assert box["hit"], f"{selector} is hidden or covered"
         for kind in ("mousePressed", "mouseReleased"):
             await self.call("Input.dispatchMouseEvent", type=kind, x=box["x"], y=box["y"], button="left", clickCount=1)
 

@@ -144,7 +144,7 @@ def test_a_token_that_could_not_be_used_is_not_issued(arguments, error):
         forged(claims(exp=float("inf"))),
         forged(claims(exp=1_789_999_999)),
         # Every tenant is said in so many words, and only of admins.
-        forged(claims(tenant=...)),
+        forged(claims(tenant=..., scope="admin")),
         forged(claims(tenant=None)),
         forged(claims(tenant=["acme"])),
         forged(claims(tenant="Acme")),

@@ -10,6 +10,12 @@ export class Screen {
   constructor(view, lines) {
     this.view = view;
     this.lines = lines;
+    // Whoever scrolled back to read stays there; else the end is shown.
+    this.following = true;
+    view.addEventListener("scroll", () => {
+      this.following = view.scrollHeight - view.scrollTop - view.clientHeight < 40;
+    });
+    new ResizeObserver(() => this.follow()).observe(view);
     this.clear();
   }
 
@@ -51,8 +57,6 @@ export class Screen {
   }
 
   flush() {
-    const view = this.view;
-    const atEnd = view.scrollHeight - view.scrollTop - view.clientHeight < 40;
     if (this.skipped) {
       const told = `… ${this.skipped.toLocaleString("en")} characters came too fast to be shown\n`;
       this.append({ kind: "notice", text: told, own: true });
@@ -69,7 +73,11 @@ export class Screen {
     if (this.cut && this.lines.firstChild?.dataset.kind !== "cut") {
       this.lines.prepend(this.span("cut", "… what came before is no longer kept\n"));
     }
-    if (atEnd) view.scrollTop = view.scrollHeight;
+    this.follow();
+  }
+
+  follow() {
+    if (this.following) this.view.scrollTop = this.view.scrollHeight;
   }
 
   append({ kind, text, own }) {
