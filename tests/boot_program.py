@@ -71,7 +71,7 @@ async def orphans(launcher, signalled):
         for number in range(60):
             nursery.start_soon(child, limit)
             nursery.start_soon(agent, number, limit)
-    while launcher.statistics().orphans_reaped < 120:  # noqa: ASYNC110
+    while launcher.statistics().orphans_reaped < 120:
         await trio.sleep(0.01)
     tell("wrong", len(wrong), "zombies", await launcher.zombies())
     return 0

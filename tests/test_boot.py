@@ -156,7 +156,8 @@ def test_ctrl_c_reaches_a_supervisor_below_an_init_once():
     with process:
         try:
             os.close(theirs)
-            ready(process)
+            supervisor, _ = ready(process)
+            assert os.getpgid(supervisor) == supervisor
             os.write(ours, b"\x03")
             output, _ = process.communicate(timeout=20)
         finally:

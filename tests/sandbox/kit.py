@@ -115,7 +115,7 @@ def alive(mark):
 
 async def until(condition, *, within_s=10.0):
     with trio.fail_after(within_s):
-        while not condition():  # noqa: ASYNC110 (what is awaited happens in another process)
+        while not condition():
             await trio.sleep(0.003)
 
 

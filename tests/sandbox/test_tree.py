@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 
+import pytest
+
 from supervisor.sandbox import tree
 
 THREADED = """
@@ -72,9 +74,31 @@ def test_a_pid_that_another_process_has_now_is_not_signalled():
     process = subprocess.Popen(["/bin/sleep", "100"])
     try:
         tree._send(signal.SIGKILL, [process.pid], {1 << 22})
-        assert tree.state(process.pid) in "RS"
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.1)
         tree._send(signal.SIGKILL, [process.pid], {os.getpid()})
         assert process.wait() == -9
     finally:
         process.kill()
         process.wait()
+
+
+def test_all_are_stopped_before_the_first_is_killed_and_those_that_came_meanwhile_too(monkeypatch):
+    """A bomb at its limit of processes fills each place that a killed one leaves, but none that a stopped one keeps."""
+    listings = iter([[1, 2], [1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]])
+    sent = []
+    monkeypatch.setattr(tree, "descendants", lambda root, spare: next(listings))
+    monkeypatch.setattr(tree, "_send", lambda number, pids, _: sent.append((number, pids)))
+    assert tree.end(freeze=True) == 4
+    stop, kill = signal.SIGSTOP, signal.SIGKILL
+    assert sent == [(stop, [1, 2]), (stop, [3]), (stop, [4]), (kill, [1, 2, 3, 4])]
+
+
+def test_a_tree_that_never_stands_still_is_killed_all_the_same(monkeypatch):
+    growing = []
+    monkeypatch.setattr(tree, "descendants", lambda root, spare: growing.append(len(growing)) or list(growing))
+    sent = []
+    monkeypatch.setattr(tree, "_send", lambda number, pids, _: sent.append(number))
+    assert tree.end(freeze=True) > 0
+    assert sent[-1] == signal.SIGKILL
+    assert len(sent) < 20
