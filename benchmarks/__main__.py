@@ -21,6 +21,8 @@ from benchmarks.contestants import PROXIES, ROOT, Client, missing, open_client, 
 from benchmarks.processes import Failed, machine
 
 PARTS = {"echo": echo.run, "connect": connect.run, "start": start.run, "drain": fleet.run, "idle": idle.run}
+# A load average above this is work of others.
+BUSY = 0.7
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -80,6 +82,8 @@ def main():
     print("\n".join(report.lines(results)))
     for name, why in results["left_out"].items():
         print(f"\n{report.NAMES[name]} is left out: {why}")
+    if (load := results["machine"]["load_average"]) > BUSY:
+        print(f"\nThe machine was busy (load average {load:.1f}) before the first measurement: the figures are rough.")
     print()
     print("\n".join(map(str, targets)))
     print(f"\n{file.relative_to(ROOT)}, {results['took_s']:.0f} s")
