@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -41,8 +42,10 @@ http {{
 
 
 def picows_on_unix_sockets() -> None:
-    """It sets TCP_NODELAY on whatever it gets, which a unix socket refuses."""
+    """It sets TCP_NODELAY on whatever it gets, which a unix socket refuses; and it logs every pause in writing."""
     from asyncio.trsock import TransportSocket
+
+    logging.getLogger("picows").setLevel(logging.ERROR)
 
     def forgiving(method):
         def call(self, *args):
@@ -222,6 +225,12 @@ def rss_bytes(pid: int) -> int:
 
 
 def cpu_s(pid: int) -> float:
+    """Of a process and of its children (nginx works in one)."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return _own_cpu_s(pid) + sum(_own_cpu_s(int(child)) for child in children)
+
+
+def _own_cpu_s(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -279,19 +288,22 @@ def main() -> None:
                 results = {name: [] for name in names}
                 for _ in range(args.rounds):
                     for name in names:
-                        results[name].append(asyncio.run(echoes(addresses[name], size, connections, args.seconds)))
+                        before = cpu_s(pids[name]) if name in pids else 0
+                        rate, p50, p99 = asyncio.run(echoes(addresses[name], size, connections, args.seconds))
+                        cpu = (cpu_s(pids[name]) - before) / (rate * args.seconds) if name in pids else 0
+                        results[name].append((rate, p50, p99, cpu * 1e6))
                 row = {
                     name: [statistics.median(values) for values in zip(*rounds, strict=True)]
                     for name, rounds in results.items()
                 }
-                for name, (rate, p50, p99) in row.items():
+                for name, (rate, p50, p99, cpu) in row.items():
                     ratios = " ".join(
                         f"{rate / row[other][0]:6.2f} of {other}" for other in ("direct", "nginx") if other in row
                     )
                     added = f"{p50 - row['direct'][1]:+8.0f} us" if "direct" in row else ""
                     print(
                         f"{size:8} B x{connections:<3} {name:7} {rate:9.0f}/s  p50 {p50:7.0f} us  p99 {p99:7.0f} us"
-                        f"  {added}  {ratios}",
+                        f"  cpu {cpu:6.1f} us  {added}  {ratios}",
                         flush=True,
                     )
 

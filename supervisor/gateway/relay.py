@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_BUFFER_BYTES: Final = 128 * 1024
+_BUFFER_BYTES: Final = 64 * 1024
 _TURN_BYTES: Final = 256 * 1024
 # What an operation counts at least, so that a turn has at most 64 of them.
 _OPERATION_BYTES: Final = _TURN_BYTES // 64
@@ -191,7 +191,9 @@ class Relay:
             self.carry(end, buffer, self._view, n)
         else:
             end.way.end()
-            self._pass_end(end)
+            # Nothing can be left to send before this: its source is not read while anything is.
+            if end.way.up and end.way.passing:
+                _shut(end.peer)
             self.watch(end)
         return n
 
@@ -228,7 +230,6 @@ class Relay:
         if not end.rest:
             end.rest = _NOTHING
             end.peer.way.sent()
-            self._pass_end(end.peer)
             self.watch(end)
             self.watch(end.peer)
 
@@ -238,12 +239,6 @@ class Relay:
         end.way.refuse()
         self.watch(end)
         self.watch(end.peer)
-
-    def _pass_end(self, end: _End) -> None:
-        """Tell the agent that the client has ended, once it has got everything before."""
-        way = end.way
-        if way.up and way.ended and way.passing and not way.unsent:
-            _shut(end.peer)
 
     def watch(self, end: _End) -> None:
         """Let the epoll watch `end` for what can be done with it now."""
@@ -268,7 +263,6 @@ class Relay:
 
     def _fault(self, end: _End, error: Exception) -> None:
         self.forget(end)
-        self.forget(end.peer)
         end.change.fail(error)
 
 

@@ -88,6 +88,10 @@ def test_a_long_frame_counts_with_every_read():
     follower = Follower(masked=False)
     long = frame(bytes(100_000))
     assert [follower.feed(long[at : at + 1000], 1000) for at in range(0, 5000, 1000)] == [1] * 5
+    # The end of one, and the start of the next.
+    follower = Follower(masked=False)
+    assert feed(follower, long[:-10]) == 1
+    assert feed(follower, long[-10:] + frame(b"p", 9)) == 1
     ping = frame(b"p" * 125, 9)
     follower = Follower(masked=False)
     assert [feed(follower, ping[:1]), feed(follower, ping[1:50]), feed(follower, ping[50:])] == [0, 0, 0]

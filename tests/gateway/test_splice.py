@@ -4,6 +4,7 @@ see the same deadlines, and a wait that ought not to be there shows as a test th
 
 from __future__ import annotations
 
+import contextlib
 import random
 from itertools import pairwise
 
@@ -33,6 +34,8 @@ from tests.gateway.splice_kit import (
 pytestmark = [pytest.mark.timeout(30)]
 
 FLOOD = frame(bytes(9990)) * 800
+# A frame is what one read takes, so that every read ends at a boundary.
+ALIGNED = frame(bytes(65_532)) * 120
 RESTART = close_frame(1012, "restart")
 AGENT_LEAVES_S = 10.0
 LINGER_S = 2.0
@@ -43,7 +46,8 @@ def carrier(request):
     return request.param
 
 
-@pytest.fixture(autouse=True)
+# Every test takes it: pytest-trio hands to the loop only a clock that is an argument.
+@pytest.fixture
 def clock(mock_clock):
     return mock_clock
 
@@ -51,7 +55,7 @@ def clock(mock_clock):
 # What passes ---------------------------------------------------------------------------------------------------
 
 
-async def test_bytes_pass_untouched_both_ways(carrier):
+async def test_bytes_pass_untouched_both_ways(carrier, clock):
     up = b"".join(frame(random.randbytes(n), masked=True) for n in (0, 1, 125, 126, 70_000))
     down = b"".join(frame(random.randbytes(n)) for n in (0, 1, 125, 126, 70_000))
     async with joined(carrier) as it, trio.open_nursery() as nursery:
@@ -65,7 +69,7 @@ async def test_bytes_pass_untouched_both_ways(carrier):
         assert it.traffic.data_frames >= 10
 
 
-async def test_what_came_with_the_heads_goes_first(carrier):
+async def test_what_came_with_the_heads_goes_first(carrier, clock):
     first, second = frame(b"early", masked=True), frame(b"late", masked=True)
     hello, again = frame(b"hello"), frame(b"again")
     async with joined(carrier, to_agent=first + second[:3], to_client=hello + again[:1]) as it:
@@ -78,7 +82,7 @@ async def test_what_came_with_the_heads_goes_first(carrier):
         assert it.traffic.data_frames >= 4
 
 
-async def test_pings_pass_and_are_no_work(carrier):
+async def test_pings_pass_and_are_no_work(carrier, clock):
     """S3-18: pings keep the path alive and do not renew the tenant's time."""
     async with joined(carrier) as it:
         await it.client.send_all(frame(b"p", 9, masked=True))
@@ -89,7 +93,7 @@ async def test_pings_pass_and_are_no_work(carrier):
         assert it.traffic.data_frames == 0
 
 
-async def test_it_is_not_at_rest_inside_a_frame(carrier):
+async def test_it_is_not_at_rest_inside_a_frame(carrier, clock):
     async with joined(carrier) as it:
         await it.agent.send_all(frame(b"hello")[:-1])
         await settle()
@@ -99,7 +103,7 @@ async def test_it_is_not_at_rest_inside_a_frame(carrier):
         assert it.splice.at_rest
 
 
-async def test_both_directions_full_at_once_do_not_lock(carrier):
+async def test_both_directions_full_at_once_do_not_lock(carrier, clock):
     """Both sides write megabytes before they read a byte."""
     up, down = frame(bytes(4_000_000), masked=True), frame(bytes(5_000_000))
     async with joined(carrier) as it, trio.open_nursery() as nursery:
@@ -134,7 +138,7 @@ async def test_a_client_that_does_not_read_stops_its_agent_and_has_no_deadline(c
 
 
 @pytest.mark.parametrize("carrier", SOCKETS)
-async def test_a_slow_reader_gets_every_byte_in_order(carrier):
+async def test_a_slow_reader_gets_every_byte_in_order(carrier, clock):
     down = b"".join(frame(random.randbytes(random.randrange(3000))) for _ in range(2000))
     async with joined(carrier) as it, trio.open_nursery() as nursery:
         nursery.start_soon(it.agent.send_all, down)
@@ -149,7 +153,7 @@ async def test_a_slow_reader_gets_every_byte_in_order(carrier):
 # How the agent ends ----------------------------------------------------------------------------------------------
 
 
-async def test_the_agents_own_close_passes_and_is_the_only_one(carrier):
+async def test_the_agents_own_close_passes_and_is_the_only_one(carrier, clock):
     async with joined(carrier) as it:
         await it.agent.send_all(frame(b"bye") + close_frame(1012, "Server restarting"))
         await it.agent.aclose()
@@ -158,7 +162,7 @@ async def test_the_agents_own_close_passes_and_is_the_only_one(carrier):
         assert await it.outcome() == Outcome(1012, Side.AGENT)
 
 
-async def test_a_close_without_a_code_is_told_as_1005(carrier):
+async def test_a_close_without_a_code_is_told_as_1005(carrier, clock):
     async with joined(carrier) as it:
         await it.agent.send_all(frame(b"", 8))
         await it.agent.aclose()
@@ -167,7 +171,7 @@ async def test_a_close_without_a_code_is_told_as_1005(carrier):
         assert await it.outcome() == Outcome(1005, Side.AGENT)
 
 
-async def test_an_agent_that_ends_without_a_close_gets_its_client_closed(carrier):
+async def test_an_agent_that_ends_without_a_close_gets_its_client_closed(carrier, clock):
     async with joined(carrier) as it:
         await it.agent.send_all(frame(b"last words"))
         await it.agent.aclose()
@@ -190,7 +194,7 @@ async def test_the_reason_of_the_agents_end_is_waited_for(carrier, clock):
         assert await read_to_end(it.client) == (RESTART, "eof")
 
 
-async def test_a_fault_in_telling_the_reason_ends_this_connection_and_closes_both(carrier):
+async def test_a_fault_in_telling_the_reason_ends_this_connection_and_closes_both(carrier, clock):
     async def broken():
         raise LookupError("no such generation")
 
@@ -203,7 +207,7 @@ async def test_a_fault_in_telling_the_reason_ends_this_connection_and_closes_bot
 
 
 @pytest.mark.parametrize("at", [1, 3, 10])
-async def test_an_agent_that_ends_inside_a_frame_has_no_close_invented_for_it(carrier, at):
+async def test_an_agent_that_ends_inside_a_frame_has_no_close_invented_for_it(carrier, at, clock):
     """The client sees 1006: a Close inside a frame would be read as its payload."""
     data = frame(b"whole") + frame(b"torn in two")[:at]
     async with joined(carrier) as it:
@@ -214,7 +218,7 @@ async def test_an_agent_that_ends_inside_a_frame_has_no_close_invented_for_it(ca
         assert await it.outcome() == Outcome(None, Side.AGENT, aborted_mid_frame=True)
 
 
-async def test_an_agent_that_ends_inside_its_own_close_is_torn_too(carrier):
+async def test_an_agent_that_ends_inside_its_own_close_is_torn_too(carrier, clock):
     async with joined(carrier) as it:
         await it.agent.send_all(RESTART[:-1])
         await it.agent.aclose()
@@ -223,7 +227,7 @@ async def test_an_agent_that_ends_inside_its_own_close_is_torn_too(carrier):
         assert await it.outcome() == Outcome(None, Side.AGENT, aborted_mid_frame=True)
 
 
-async def test_the_tail_arrives_though_writing_to_the_dead_agent_fails(carrier):
+async def test_the_tail_arrives_though_writing_to_the_dead_agent_fails(carrier, clock):
     """An error in writing ends that direction alone; else 8,192 of these 81,920 bytes arrive."""
     tail = frame(bytes(81_920 - 10))
     assert len(tail) == 81_920
@@ -273,7 +277,7 @@ async def test_a_client_that_stays_after_the_end_is_left_after_two_seconds(carri
         assert await it.outcome() == Outcome(1011, Side.SUPERVISOR)
 
 
-async def test_a_client_that_answers_the_close_is_not_waited_for_any_longer(carrier):
+async def test_a_client_that_answers_the_close_is_not_waited_for_any_longer(carrier, clock):
     """A TLS client sees no end of writing, and waits for ours: its Close must be enough."""
     async with joined(carrier) as it:
         await it.agent.aclose()
@@ -298,7 +302,7 @@ async def test_an_agent_that_stays_after_both_closes_is_left_after_ten_seconds(c
 # How the client ends ---------------------------------------------------------------------------------------------
 
 
-async def test_a_clients_close_is_answered_by_its_agent(carrier):
+async def test_a_clients_close_is_answered_by_its_agent(carrier, clock):
     async with joined(carrier) as it:
         await it.client.send_all(client_close(1001))
         assert await receive_exactly(it.agent, 8) == client_close(1001)
@@ -308,7 +312,7 @@ async def test_a_clients_close_is_answered_by_its_agent(carrier):
         assert await it.outcome() == Outcome(1001, Side.CLIENT)
 
 
-async def test_a_clients_close_that_its_agent_does_not_answer_is_answered_with_its_own_code(carrier):
+async def test_a_clients_close_that_its_agent_does_not_answer_is_answered_with_its_own_code(carrier, clock):
     async def never():
         raise AssertionError("the agent's end is the answer, not a failure")
 
@@ -320,7 +324,7 @@ async def test_a_clients_close_that_its_agent_does_not_answer_is_answered_with_i
         assert await it.outcome() == Outcome(1001, Side.CLIENT)
 
 
-async def test_a_client_that_has_ended_still_gets_what_its_agent_says(carrier):
+async def test_a_client_that_has_ended_still_gets_what_its_agent_says(carrier, clock):
     async with joined(carrier) as it:
         await it.client.send_all(frame(b"question", masked=True))
         await it.client.send_eof()
@@ -334,7 +338,7 @@ async def test_a_client_that_has_ended_still_gets_what_its_agent_says(carrier):
         assert await it.outcome() == Outcome(1000, Side.AGENT)
 
 
-async def test_a_client_that_leaves_without_a_close_is_no_failure_of_its_agent(carrier):
+async def test_a_client_that_leaves_without_a_close_is_no_failure_of_its_agent(carrier, clock):
     async def never():
         raise AssertionError("the client left first")
 
@@ -345,7 +349,20 @@ async def test_a_client_that_leaves_without_a_close_is_no_failure_of_its_agent(c
         assert await it.outcome() == Outcome(None, Side.CLIENT)
 
 
-async def test_all_that_a_client_sent_before_it_left_reaches_its_agent(carrier):
+async def test_a_client_that_left_and_takes_no_more_ends_it_at_once(carrier, clock):
+    """Its end alone may be half a close; that it refuses what its agent says is the other half."""
+    async with joined(carrier) as it:
+        await it.client.aclose()
+        await settle()
+        assert it.result is None
+        for _ in range(3):
+            with contextlib.suppress(trio.BrokenResourceError):
+                await it.agent.send_all(frame(b"are you there?"))
+            await settle()
+        assert await it.outcome() == Outcome(None, Side.CLIENT)
+
+
+async def test_all_that_a_client_sent_before_it_left_reaches_its_agent(carrier, clock):
     up = frame(bytes(3_000_000), masked=True)
     async with joined(carrier) as it, trio.open_nursery() as nursery:
 
@@ -371,7 +388,7 @@ async def test_an_agent_that_does_not_end_after_its_client_is_left_after_ten_sec
 
 @pytest.mark.parametrize("carrier", SOCKETS)
 @pytest.mark.parametrize("when", ["idle", "inside a frame", "while it does not read", "while its agent does not read"])
-async def test_a_reset_of_the_client_ends_everything(carrier, when):
+async def test_a_reset_of_the_client_ends_everything(carrier, when, clock):
     async with joined(carrier) as it, trio.open_nursery() as nursery:
         if when == "inside a frame":
             await it.client.send_all(frame(b"hello", masked=True)[:4])
@@ -388,7 +405,7 @@ async def test_a_reset_of_the_client_ends_everything(carrier, when):
 # Our own Close ---------------------------------------------------------------------------------------------------
 
 
-async def test_close_at_rest_is_sent_at_once(carrier):
+async def test_close_at_rest_is_sent_at_once(carrier, clock):
     async with joined(carrier) as it:
         await it.agent.send_all(frame(b"before"))
         await receive_exactly(it.client, 8)
@@ -399,7 +416,7 @@ async def test_close_at_rest_is_sent_at_once(carrier):
         assert await it.outcome() == Outcome(1012, Side.SUPERVISOR)
 
 
-async def test_close_before_anything_ran(carrier):
+async def test_close_before_anything_ran(carrier, clock):
     async with joined(carrier) as it:
         it.splice.close(1012, "restart", within_s=1)
         assert await read_to_end(it.client) == (RESTART, "eof")
@@ -407,7 +424,7 @@ async def test_close_before_anything_ran(carrier):
         assert await it.outcome() == Outcome(1012, Side.SUPERVISOR)
 
 
-async def test_close_waits_for_the_end_of_the_frame_and_drops_what_follows(carrier):
+async def test_close_waits_for_the_end_of_the_frame_and_drops_what_follows(carrier, clock):
     one, two = frame(b"x" * 5000), frame(b"never seen")
     async with joined(carrier) as it:
         await it.agent.send_all(one[:2000])
@@ -451,7 +468,7 @@ async def test_a_client_that_does_not_read_its_close_is_cut_off_in_time(carrier,
 
 
 @pytest.mark.parametrize("carrier", SOCKETS)
-async def test_a_close_reaches_a_slow_client_after_all_that_passed(carrier):
+async def test_a_close_reaches_a_slow_client_after_all_that_passed(carrier, clock):
     async with joined(carrier) as it, trio.open_nursery() as nursery:
         nursery.start_soon(flood, it.agent, FLOOD)
         await settle()
@@ -465,7 +482,45 @@ async def test_a_close_reaches_a_slow_client_after_all_that_passed(carrier):
         nursery.cancel_scope.cancel()
 
 
-async def test_close_after_the_agents_own_close_adds_nothing(carrier):
+@pytest.mark.parametrize("carrier", SOCKETS)
+async def test_a_close_at_a_boundary_waits_for_what_the_client_has_not_taken(carrier, clock):
+    async with joined(carrier) as it, trio.open_nursery() as nursery:
+        nursery.start_soon(flood, it.agent, ALIGNED)
+        await settle()
+        assert not it.splice.at_rest
+        it.splice.close(1012, "restart", within_s=5)
+        data, end = await read_to_end(it.client)
+        assert end == "eof"
+        assert data.endswith(RESTART)
+        assert (len(data) - len(RESTART)) % 65_536 == 0
+        await it.client.aclose()
+        assert await it.outcome() == Outcome(1012, Side.SUPERVISOR)
+        nursery.cancel_scope.cancel()
+
+
+async def test_an_agent_that_does_not_read_keeps_no_end_of_its_client_unseen(carrier, clock):
+    async with joined(carrier) as it, trio.open_nursery() as nursery:
+        nursery.start_soon(flood, it.client, frame(bytes(3_000_000), masked=True))
+        await settle()
+        it.splice.close(1012, "restart", within_s=5)
+        assert await read_to_end(it.client) == (RESTART, "eof")
+        await settle()
+        await it.client.send_all(client_close(1012))
+        assert await it.outcome() == Outcome(1012, Side.SUPERVISOR)
+
+
+async def test_the_client_has_its_two_seconds_after_a_close_with_a_short_limit(carrier, clock):
+    async with joined(carrier) as it:
+        it.splice.close(1012, "restart", within_s=0.1)
+        await settle()
+        clock.jump(1.9)
+        await settle()
+        assert it.result is None
+        clock.jump(0.2)
+        assert await it.outcome() == Outcome(1012, Side.SUPERVISOR)
+
+
+async def test_close_after_the_agents_own_close_adds_nothing(carrier, clock):
     async with joined(carrier) as it:
         await it.agent.send_all(close_frame(1000, "done"))
         await settle()
@@ -475,7 +530,7 @@ async def test_close_after_the_agents_own_close_adds_nothing(carrier):
         assert await it.outcome() == Outcome(1000, Side.AGENT)
 
 
-async def test_close_while_the_agents_own_close_is_half_passed_adds_nothing(carrier):
+async def test_close_while_the_agents_own_close_is_half_passed_adds_nothing(carrier, clock):
     own = close_frame(1000, "done")
     async with joined(carrier) as it:
         await it.agent.send_all(own[:3])
@@ -487,7 +542,7 @@ async def test_close_while_the_agents_own_close_is_half_passed_adds_nothing(carr
         assert await it.outcome() == Outcome(1000, Side.AGENT)
 
 
-async def test_close_while_the_reason_is_asked_for_answers_it(carrier):
+async def test_close_while_the_reason_is_asked_for_answers_it(carrier, clock):
     """A drain must not wait for an answer that a stuck tenant may never give."""
     async with joined(carrier, when_agent_ends=trio.sleep_forever) as it:
         await it.agent.aclose()
@@ -498,7 +553,7 @@ async def test_close_while_the_reason_is_asked_for_answers_it(carrier):
         assert await it.outcome() == Outcome(1012, Side.SUPERVISOR)
 
 
-async def test_the_first_close_counts(carrier):
+async def test_the_first_close_counts(carrier, clock):
     async with joined(carrier) as it:
         it.splice.close(1012, "restart", within_s=1)
         it.splice.close(1001, "asleep", within_s=1)
@@ -510,7 +565,7 @@ async def test_the_first_close_counts(carrier):
         it.splice.close(1001, "asleep", within_s=1)
 
 
-async def test_a_code_that_may_not_be_sent_is_refused_and_changes_nothing(carrier):
+async def test_a_code_that_may_not_be_sent_is_refused_and_changes_nothing(carrier, clock):
     async with joined(carrier) as it:
         for code in (1005, 1006, 1015):
             with pytest.raises(ValueError, match="may not be sent"):
@@ -519,7 +574,7 @@ async def test_a_code_that_may_not_be_sent_is_refused_and_changes_nothing(carrie
         assert await receive_exactly(it.client, 4) == frame(b"on")
 
 
-async def test_an_agent_that_ends_inside_a_frame_while_a_close_waits_is_torn(carrier):
+async def test_an_agent_that_ends_inside_a_frame_while_a_close_waits_is_torn(carrier, clock):
     async with joined(carrier) as it:
         await it.agent.send_all(frame(b"hello")[:4])
         await settle()
@@ -531,7 +586,7 @@ async def test_an_agent_that_ends_inside_a_frame_while_a_close_waits_is_torn(car
 
 
 @pytest.mark.parametrize("carrier", SOCKETS)
-async def test_a_client_gone_before_its_close_did_not_see_one(carrier):
+async def test_a_client_gone_before_its_close_did_not_see_one(carrier, clock):
     async with joined(carrier) as it, trio.open_nursery() as nursery:
         nursery.start_soon(flood, it.agent, FLOOD)
         await settle()
@@ -589,7 +644,7 @@ async def _delivering(it):
 @pytest.mark.parametrize(
     "phase", [_idle, _client_left, _asking, _lingering, _waiting_for_a_boundary, _blocked, _delivering]
 )
-async def test_cancelled_in_any_wait_both_streams_are_closed_and_nothing_is_left(carrier, phase):
+async def test_cancelled_in_any_wait_both_streams_are_closed_and_nothing_is_left(carrier, phase, clock):
     async with joined(carrier, when_agent_ends=trio.sleep_forever) as it:
         await phase(it)
         await settle()
@@ -598,7 +653,7 @@ async def test_cancelled_in_any_wait_both_streams_are_closed_and_nothing_is_left
         await it.assert_nothing_left()
 
 
-async def test_cancelled_before_it_began(carrier):
+async def test_cancelled_before_it_began(carrier, clock):
     async with joined(carrier) as it:
         it.scope.cancel()
         await it.assert_nothing_left()
