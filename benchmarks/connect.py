@@ -8,7 +8,7 @@ from benchmarks.contestants import AGENTS, open_stage
 
 
 async def run(bench):
-    rounds, count = (3, 20) if bench.quick else (10, 40)
+    rounds, count = (3, 20) if bench.quick else (10, 30)
     measured = {}
     for agent in AGENTS:
         async with open_stage(bench.directory / f"connect-{agent}", bench.client, agent, bench.proxies) as (stage, _):
