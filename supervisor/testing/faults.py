@@ -270,12 +270,14 @@ async def closes_and_stays(connection: AgentConnection) -> None:
 
 
 def floods(size: int = 65536) -> Program:
-    """Sends frames of this size without end and reads nothing."""
+    """Sends frames of this size without end, one a millisecond, and reads nothing."""
 
     async def converse(connection: AgentConnection) -> None:
         await connection.accept()
         while True:
             await connection.send(bytes(size))
+            # Without it an autojump clock would stand still for as long as somebody reads.
+            await trio.sleep(0.001)
 
     return serving(converse)
 
