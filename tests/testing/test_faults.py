@@ -170,6 +170,15 @@ async def test_sigterm_closes_everybody_with_1012_and_exits_with_0(autojump_cloc
         assert (await read_all(deaf)).startswith(b"\x88\x13" + (1012).to_bytes(2, "big"))
 
 
+async def test_the_drain_ends_with_the_last_connection(autojump_clock):
+    async with running(echo_agent) as process, client(process) as one, client(process) as two:
+        process.terminate()
+        for websocket in (one, two):
+            assert await closed_with(websocket) == 1012
+        assert await process.wait_exited() == ExitStatus(0)
+        assert trio.current_time() == 0
+
+
 async def test_sigterm_without_a_connection_is_an_exit_at_once(autojump_clock):
     async with running(echo_agent) as process:
         await trio.testing.wait_all_tasks_blocked()

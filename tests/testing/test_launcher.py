@@ -183,9 +183,11 @@ async def test_exit_ends_the_process_at_once_from_any_task(autojump_clock):
         assert (await process.wait_exited()).signal == signal.SIGSEGV
 
 
-async def test_a_stopped_process_is_alive_and_silent_until_it_is_killed(autojump_clock):
+@pytest.mark.parametrize("catches", [True, False])
+async def test_a_stopped_process_is_alive_and_silent_until_it_is_killed(catches, autojump_clock):
     async def program(context):
-        context.catch_sigterm()
+        if catches:
+            context.catch_sigterm()
         stream = await context.accept()
         await stream.send_all(b"before")
         context.stop()
@@ -194,6 +196,7 @@ async def test_a_stopped_process_is_alive_and_silent_until_it_is_killed(autojump
     async with running(program) as (_, process):
         stream = await process.connect()
         assert await stream.receive_some() == b"before"
+        await trio.testing.wait_all_tasks_blocked()
         process.terminate()
         with trio.move_on_after(3000) as scope:
             await stream.receive_some()

@@ -203,3 +203,11 @@ async def test_every_piece_is_told_at_once(tmp_path, autojump_clock):
         outer.cancel_scope.cancel()
     assert "task " in str(left.value)
     assert "descriptor " in str(left.value)
+
+
+async def test_whoever_asks_is_not_left_over():
+    async with nothing_left() as check, trio.open_nursery() as nursery:
+        assert check.left_tasks() == []
+        nursery.start_soon(trio.sleep_forever)
+        assert len(check.left_tasks()) == 1
+        nursery.cancel_scope.cancel()
