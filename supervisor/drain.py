@@ -33,8 +33,10 @@ class Timeline:
     @classmethod
     def starting(cls, now: float, settings: Settings) -> Timeline:
         hard_at = now + settings.drain_grace_s
-        kill_at = min(now + settings.agent.grace_s, hard_at)
-        return cls(now, kill_at, min(kill_at + LINGER_S, hard_at), hard_at)
+        # Once for the clients to read their Close, once for ourselves to end before the watchdog.
+        linger_s = min(LINGER_S, settings.drain_grace_s / 4)
+        kill_at = min(now + settings.agent.grace_s, hard_at - 2 * linger_s)
+        return cls(now, kill_at, kill_at + linger_s, hard_at)
 
     def hurried(self, now: float) -> Timeline:
         """The grace is over now; nothing is ever later than it was."""

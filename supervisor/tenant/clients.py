@@ -6,8 +6,6 @@ What a code means is here and nowhere else: 1001 put away, 1008 the token, 1011 
 from __future__ import annotations
 
 import contextlib
-import heapq
-import itertools
 import math
 from typing import TYPE_CHECKING, Protocol
 
@@ -51,8 +49,8 @@ class Clients:
     changed: Callable[[], None]
     wall_clock: Callable[[], float]
     _connected: set[Client] = attrs.field(init=False, factory=set)
-    _expiries: list[tuple[float, int, Client]] = attrs.field(init=False, factory=list)
-    _order: Iterator[int] = attrs.field(init=False, factory=itertools.count)
+    # Of those who are connected; may be too early, since who leaves does not move it. Wall clock.
+    _next_expiry: float = attrs.field(init=False, default=math.inf)
 
     def __len__(self) -> int:
         return len(self._connected)
@@ -64,7 +62,7 @@ class Clients:
         self.metrics.connections.inc()
         self.metrics.connections_total.inc()
         if client.expires_at is not None:
-            heapq.heappush(self._expiries, (client.expires_at, next(self._order), client))
+            self._next_expiry = min(self._next_expiry, client.expires_at)
         self.changed()
         try:
             yield
@@ -79,19 +77,21 @@ class Clients:
             client.close(*why, within_s=LINGER_S)
 
     def revoke(self, before: float) -> None:
-        """Closes every connection whose token was issued before that."""
+        """Closes every connection whose token was issued until then."""
         for client in self._connected:
-            if client.issued_at < before:
+            if client.issued_at <= before:
                 client.close(*REVOKED, within_s=LINGER_S)
 
     def close_expired(self) -> float:
         """Closes whoever's token has expired; returns when the next one does, by Trio's clock."""
-        while self._expiries:
-            expires_at, _, client = self._expiries[0]
-            if client in self._connected:
-                left_s = expires_at - self.wall_clock()
-                if left_s > 0:
-                    return trio.current_time() + left_s
-                client.close(*EXPIRED, within_s=LINGER_S)
-            heapq.heappop(self._expiries)
-        return math.inf
+        now = self.wall_clock()
+        if now >= self._next_expiry:
+            self._next_expiry = math.inf
+            for client in self._connected:
+                if client.expires_at is None:
+                    continue
+                if client.expires_at <= now:
+                    client.close(*EXPIRED, within_s=LINGER_S)
+                else:
+                    self._next_expiry = min(self._next_expiry, client.expires_at)
+        return trio.current_time() + self._next_expiry - now

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from functools import partial
 from typing import TYPE_CHECKING
 
 import attrs
@@ -65,8 +66,8 @@ class Attempt:
 
     @property
     def open(self) -> bool:
-        """A newcomer may try: nobody failed yet, or the agent is known to serve others."""
-        return not self.failed or self.generation.ready_at is not None
+        """A newcomer may try: nobody failed yet, or the agent is known to serve others; and nobody ends it."""
+        return not self.generation.ending and (not self.failed or self.generation.ready_at is not None)
 
 
 @attrs.frozen
@@ -123,6 +124,7 @@ class ConnectPath:
         when it was the last one the ladder stops (S3-12).
         """
         last: Attempt | None = None
+        own: list[str] = []
         with self._counted() as climbs:
             while True:
                 attempt = await self._attempt_after(last)
@@ -130,6 +132,11 @@ class ConnectPath:
                     return await self._try(attempt, head)
                 except AgentError as error:
                     self._failed(attempt, error)
+                    own.append(str(error))
+                # Others may bring the ladder back to its first rung again and again: an agent that serves them all,
+                # and dies of this head each time, would be killed without end.
+                if len(own) > len(self.settings.connect_retry_s) + 1:
+                    raise self._connect_failed(f"{len(own)} attempts failed, the last one so: {own[-1]}")
                 if last is None:
                     climbs()
                 last = attempt
@@ -185,8 +192,8 @@ class ConnectPath:
         answer: Answer | None = None
         scope = trio.CancelScope(deadline=deadline)
         generation.exchanges.add(scope)
-        if generation.exited.is_set():
-            scope.cancel(reason="the agent's process ended")
+        if generation.ending:
+            scope.cancel(reason="the agent is being ended")
         try:
             with scope:
                 async with self._exchanges:
@@ -222,9 +229,11 @@ class ConnectPath:
         generation = attempt.generation
         self._settle()
         current = self._attempt
-        if attempt.failed or current is None or current.generation is not generation:
-            return
-        attempt.failed = current.failed = True
+        echo = attempt.failed or current is None or current.failed or current.generation is not generation
+        attempt.failed = True
+        if echo or current is None or (generation.ending and not generation.exited.is_set()):
+            return  # counted already; or it was ended, which is nobody's failure
+        current.failed = True
         if isinstance(error, AgentExited) and generation.stable:
             return  # it had lived: the next one is started at once
         never_ready = generation.ready_at is None
@@ -289,7 +298,7 @@ class ConnectPath:
         """Sends away everybody who waits; `for_good` also everybody who comes later."""
         if for_good:
             self._refusal = error
-        self._decide(_Decision(error=error))
+        self._send_away(error)
 
     # ---- the ladder ----------------------------------------------------------------------------------------
 
@@ -310,7 +319,7 @@ class ConnectPath:
         generation.stable = generation.stable or becomes_stable
         if becomes_stable or (generation.stable and not self._climbers):
             self.ladder.reset()
-            if attempt.rung or attempt.failed:
+            if (attempt.rung or attempt.failed) and not generation.ending:
                 self.open(generation, attempt.deadline)
 
     def _give_up(self) -> bool:
@@ -319,15 +328,19 @@ class ConnectPath:
         self.log.error("connect_given_up", reason=story)
         self.metrics.connects.labels(rung="failed").inc()
 
-        def verdict() -> Exception:
-            failed = ConnectFailed(f"the agent of tenant {self.tenant!r} could not be reached: {story}")
-            failed.retry_after_s = self.settings.connect_retry_s[-1] if self.settings.connect_retry_s else 1.0
-            return failed
+        self._send_away(partial(self._connect_failed, story))
+        return True
 
+    def _connect_failed(self, story: str) -> ConnectFailed:
+        failed = ConnectFailed(f"the agent of tenant {self.tenant!r} could not be reached: {story}")
+        failed.retry_after_s = self.settings.connect_retry_s[-1] if self.settings.connect_retry_s else 1.0
+        return failed
+
+    def _send_away(self, verdict: Callable[[], Exception]) -> None:
+        """Everybody who waits hears it now, and whoever is in an exchange when that fails."""
         self._verdict = verdict
         self._given_up += 1
         self._decide(_Decision(error=verdict))
-        return True
 
     def _decide(self, decision: _Decision) -> None:
         waiting, self._next = self._next, _Decision()

@@ -29,6 +29,8 @@ class Generation:
     stable: bool = False
     # A failed attempt wants this generation ended, and no other.
     reset_wanted: bool = False
+    # It is being ended, whatever for: whoever comes now waits for the next one.
+    ending: bool = False
     exited: trio.Event = attrs.field(factory=trio.Event)
     # Exchanges that wait for an answer: the exit ends them at once.
     exchanges: set[trio.CancelScope] = attrs.field(factory=set)
@@ -37,8 +39,13 @@ class Generation:
         """Returns once the main process has ended and everybody who waited for its answer was told."""
         await self.process.wait_exited()
         self.exited.set()
+        self.break_off("the agent's process ended")
+
+    def break_off(self, reason: str) -> None:
+        """Nobody waits for its answer any more, nor begins to."""
+        self.ending = True
         for scope in self.exchanges:
-            scope.cancel(reason="the agent's process ended")
+            scope.cancel(reason=reason)
 
     def heard(self) -> tuple[int, int]:
         """Changes with everything that the agent says to anybody: that of a hung one does not."""

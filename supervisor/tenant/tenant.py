@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 RESET_GRACE_S = 1.0
 # A tenant that has had nothing to do for this long is forgotten: its record stays in the store.
 FORGET_AFTER_S = 60.0
+# For whoever is still in a tenant's nursery when its clients were told to go: a Close takes no longer.
+SEE_OFF_S = 2 * LINGER_S + 1.0
 # For the last events of a tenant that ends, when the store does not answer.
 LAST_WORDS_S = 1.0
 
@@ -90,6 +92,10 @@ class Tenant:
     _outbox: Outbox = attrs.field(init=False)
     _nursery: trio.Nursery | None = attrs.field(init=False, default=None)
     _generation: Generation | None = attrs.field(init=False, default=None)
+    # Held while an agent is being started: who asks for its end need not wait for its beginning.
+    _start: trio.CancelScope | None = attrs.field(init=False, default=None)
+    # Set while no agent of ours runs, is started or is ended.
+    _at_rest: trio.Event = attrs.field(init=False, factory=trio.Event)
     _asked: Ending | None = attrs.field(init=False, default=None)
     _kill_at: float = attrs.field(init=False, default=math.inf)
     _changed: trio.Event = attrs.field(init=False, factory=trio.Event)
@@ -109,6 +115,7 @@ class Tenant:
         )
         self._idleness = Idleness(self.settings.sleep_after_s, self.settings.sleep_with_connections)
         self._outbox = Outbox(log)
+        self._at_rest.set()
         self.since = self.record.since
         if self.record.state == State.FAILED.value:
             self.state = State.FAILED
@@ -124,14 +131,16 @@ class Tenant:
 
     @property
     def connections(self) -> int:
-        """Clients that are connected to the agent, or wait for that."""
-        return len(self.clients) + self._path.callers
+        """Clients in this tenant's hands, from `start_client` to the end of what it runs."""
+        return len(self._nursery.child_tasks) if self._nursery is not None else 0
 
     # ---- what others may ask -------------------------------------------------------------------------------
 
     async def connect(self, head: bytes) -> Connected:
         """Speaks one upgrade to the agent, started if it sleeps: `ConnectPath.connect` says how."""
-        return await self._path.connect(head)
+        connected = await self._path.connect(head)
+        self.touch()
+        return connected
 
     async def wake(self) -> None:
         """Makes the agent run: asks it for an upgrade to `/` unless it is ready, and begins the idle window anew.
@@ -141,7 +150,8 @@ class Tenant:
         if self.state is not State.RUNNING:
             connected = await self.connect(probe_head(self.name))
             await trio.aclose_forcefully(connected.stream)
-        self.touch()
+        else:
+            self.touch()
 
     def touch(self) -> None:
         """Begins the idle window anew; does not wake (S3-21)."""
@@ -151,11 +161,10 @@ class Tenant:
     async def sleep(self) -> None:
         """Puts the tenant to sleep; returns once nothing of its agent is left. Whoever waits to connect gets 503."""
         self._path.refuse(partial(Unavailable, f"tenant {self.name!r} was put to sleep; try again"), for_good=False)
-        generation = self._generation
-        if generation is not None:
+        at_rest = self._at_rest
+        if not at_rest.is_set():
             self.end(Ending.SLEEP)
-            while self._generation is generation:
-                await self._wait_changed()
+        await at_rest.wait()
 
     def end(self, why: Ending, *, kill_at: float = math.inf) -> None:
         """Asks for the agent's end, at once in words, and by SIGKILL at `kill_at` at the latest (Trio's clock).
@@ -168,6 +177,10 @@ class Tenant:
         self._kill_at = min(self._kill_at, kill_at)
         if why in FINAL:
             self._refuse_for_good()
+        if self._start is not None:
+            self._start.cancel(reason=f"the tenant is ended: {why.value}")
+        if self._generation is not None:
+            self._generation.break_off(f"the tenant is ended: {why.value}")
         self._look()
 
     def start_client(self, serve: Callable[[], Awaitable[None]]) -> None:
@@ -185,6 +198,8 @@ class Tenant:
         with self.clients.attached(client):
             if self._asked is not None:
                 client.close(*_CLOSE[self._asked], within_s=LINGER_S)
+            elif client.issued_at <= self.record.tokens_valid_after:
+                client.close(*clients.REVOKED, within_s=LINGER_S)  # while it waited for the agent
             yield
 
     def describe(self) -> dict[str, Any]:
@@ -222,7 +237,7 @@ class Tenant:
         self._counted = traffic.up_bytes, traffic.down_bytes
 
     def revoke(self, before: float) -> None:
-        """Tokens issued before `before` (wall clock, seconds) are no longer valid: their connections end with 1008."""
+        """Tokens issued until `before` (wall clock, seconds) are no longer valid: their connections end with 1008."""
         self.record = attrs.evolve(self.record, tokens_valid_after=before)
         self.clients.revoke(before)
 
@@ -241,13 +256,17 @@ class Tenant:
                 async with trio.open_nursery() as self._nursery:
                     self.opened.set()
                     while await self._until_wanted():
+                        self._at_rest = trio.Event()
                         await self._run_generation()
+                        self._at_rest.set()
                     await self._see_clients_off()
+                    self._nursery.cancel_scope.deadline = trio.current_time() + SEE_OFF_S
                 await self._store_last_words()
                 writing.cancel_scope.cancel(reason="the tenant has ended")
         finally:
             self._refuse_for_good()
-            self._nursery = None
+            self._nursery = self._generation = None
+            self._at_rest.set()
             self.opened.set()
             self.ended.set()
             self._look()
@@ -290,46 +309,35 @@ class Tenant:
     async def _run_generation(self) -> None:
         """Starts an agent, lets callers at it, and ends it when there is a reason. Returns with its tree empty."""
         log = self._path.log
-        try:
-            number = await self._begin_generation()
-        except AgentStartFailed as error:
-            self._start_failed(error)
-            return
-        spec = AgentSpec(
-            tenant=self.name,
-            generation=number,
-            command=self.settings.agent.command,
-            env=self.settings.agent.env,
-            home=self.home,
-        )
-        started_at = trio.current_time()
+        generation: Generation | None = None
         async with trio.open_nursery() as nursery:
-            try:
-                with trio.fail_after(self.settings.start_timeout_s):
-                    process: AgentProcess = await nursery.start(self.launcher.run, spec)
-            except AgentStartFailed as error:
-                self._start_failed(error)
+            with trio.CancelScope() as self._start:
+                try:
+                    generation = await self._start_agent(nursery)
+                except AgentStartFailed as error:
+                    if self._path.start_failed(error):
+                        self._advance(Happening.GAVE_UP)
+            self._start = None
+            if generation is None:
                 return
-            except trio.TooSlowError:
-                self._start_failed(AgentStartFailed(f"no process within {self.settings.start_timeout_s:g} s"))
-                return
-            generation = self._generation = Generation(number, process, started_at)
-            log.info("agent_started", generation=number, pid=process.pid)
+            self._generation = generation
+            log.info("agent_started", generation=generation.number, pid=generation.process.pid)
             nursery.start_soon(self._watch_exit, generation)
-            self._path.open(generation, started_at + self.settings.start_timeout_s)
+            self._path.open(generation, generation.started_at + self.settings.start_timeout_s)
             why = await self._until_it_must_end(generation)
+            generation.ending = True
             await self._end_agent(generation, why)
             # Whatever is left of the tree: nothing of it outlives its main process.
-            process.kill()
+            generation.process.kill()
         status = generation.process.exit_status
         last_exit: dict[str, object] = {
-            "generation": number,
+            "generation": generation.number,
             "reason": why.value,
             "returncode": status.returncode if status is not None else None,
             "signal": status.signal if status is not None else None,
             "time": self.wall_clock(),
         }
-        log.info("agent_ended", generation=number, reason=why.value, status=str(status))
+        log.info("agent_ended", generation=generation.number, reason=why.value, status=str(status))
         by_itself = why is Ending.EXITED
         gave_up = self._path.generation_ended(generation, by_itself=by_itself, words=f"the agent ended: {status}")
         happening = _HAPPENING.get(why, Happening.STOPPED)
@@ -338,6 +346,22 @@ class Tenant:
         self._advance(happening, last_exit=last_exit, restarted=why in (Ending.EXITED, Ending.RESET))
         if gave_up:
             self._advance(Happening.GAVE_UP)
+
+    async def _start_agent(self, nursery: trio.Nursery) -> Generation:
+        spec = AgentSpec(
+            tenant=self.name,
+            generation=await self._begin_generation(),
+            command=self.settings.agent.command,
+            env=self.settings.agent.env,
+            home=self.home,
+        )
+        started_at = trio.current_time()
+        try:
+            with trio.fail_after(self.settings.start_timeout_s):
+                process: AgentProcess = await nursery.start(self.launcher.run, spec)
+        except trio.TooSlowError:
+            raise AgentStartFailed(f"no process within {self.settings.start_timeout_s:g} s") from None
+        return Generation(spec.generation, process, started_at)
 
     async def _begin_generation(self) -> int:
         """The new generation's number, stored before anything of it exists. Raises AgentStartFailed."""
@@ -352,10 +376,6 @@ class Tenant:
         self.since = self.wall_clock()
         self.record = attrs.evolve(self.record, generation=number)
         return number
-
-    def _start_failed(self, error: AgentStartFailed) -> None:
-        if self._path.start_failed(error):
-            self._advance(Happening.GAVE_UP)
 
     async def _watch_exit(self, generation: Generation) -> None:
         await generation.watch_exit()
@@ -377,7 +397,10 @@ class Tenant:
                 self._path.open(generation, now + self.settings.connect_timeout_s)
             idle_look_at = self._idle_look_at(generation)
             if now >= idle_look_at:
-                if self._idleness.looked(now, await generation.process.cpu_seconds()):
+                cpu_s = await generation.process.cpu_seconds()
+                idle = self._idleness.looked(now, cpu_s)
+                # It may have ended meanwhile, and others may have come or asked.
+                if idle and not generation.ending and not self._path.callers:
                     return Ending.SLEEP
                 continue
             recheck_at = now + self._idleness.recheck_s(connections=len(self.clients))

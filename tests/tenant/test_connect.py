@@ -306,7 +306,7 @@ async def test_a_cancellation_at_any_instant_leaves_no_caller_and_no_agent(insta
         with trio.move_on_after(instant):
             await house.connect()
         await trio.sleep(0.001)
-        assert house.tenant.connections == 0
+        assert house.tenant._path.callers == 0
         await trio.sleep(60)
         assert not house.launcher.alive
         assert house.tenant.state in (State.ASLEEP, State.FAILED)
