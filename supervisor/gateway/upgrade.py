@@ -6,6 +6,8 @@ starts nothing. What a client proved its right with does not go on to the agent.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import secrets
 from functools import partial
 from typing import TYPE_CHECKING
@@ -187,11 +189,12 @@ async def _open(
             await _pass_refusal(connected, stream)
         return None
     try:
-        await stream.send_all(answer.head)
+        with trio.fail_after(supervisor.settings.limits.answer_stall_s):
+            await stream.send_all(answer.head)
     except BaseException as error:
         await trio.aclose_forcefully(connected.stream)
-        if isinstance(error, (trio.BrokenResourceError, trio.ClosedResourceError)):
-            log.info("client_left", reason="it closed as the agent answered")
+        if isinstance(error, (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError)):
+            log.info("client_left", reason="it closed, or did not read, as the agent answered")
             return None
         raise
     splice = Splice(
@@ -204,7 +207,9 @@ async def _open(
         to_agent=eager,
     )
     log.info("connection_opened", generation=generation.number, subject=principal.subject)
-    return _Client(splice, generation.number, principal.issued_at, principal.expires_at)
+    # A revocation is of a tenant's own tokens, not of an admin's.
+    issued_at = principal.issued_at if principal.tenant is not None else math.inf
+    return _Client(splice, generation.number, issued_at, principal.expires_at)
 
 
 async def _run(client: _Client, telemetry: Telemetry, log: FilteringBoundLogger) -> None:
@@ -245,17 +250,20 @@ async def _connect(tenant: Tenant, head: bytes, client: trio.abc.Stream, eager: 
         left = True
         nursery.cancel_scope.cancel(reason="the client left")
 
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(watch)
-        try:
-            connected = await tenant.connect(head)
-        except SupervisorError as error:
-            failure = error
-        nursery.cancel_scope.cancel(reason="the agent has answered")
-    if left:
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch)
+            try:
+                connected = await tenant.connect(head)
+            except SupervisorError as error:
+                failure = error
+            nursery.cancel_scope.cancel(reason="the agent has answered")
+        if left:
+            raise _ClientLeft
+    except BaseException:
         if connected is not None:
             await trio.aclose_forcefully(connected.stream)
-        raise _ClientLeft
+        raise
     if failure is not None:
         raise failure
     assert connected is not None
@@ -267,8 +275,9 @@ async def _pass_refusal(connected: Connected, client: trio.abc.Stream) -> None:
     answer = connected.answer
     try:
         await client.send_all(answer.head)
-        async for data in answer.body(connected.stream):
-            await client.send_all(data)
+        async with contextlib.aclosing(answer.body(connected.stream)) as body:
+            async for data in body:
+                await client.send_all(data)
         await say_and_close(client)
     except (trio.BrokenResourceError, trio.ClosedResourceError, h11.RemoteProtocolError):
         pass  # one of the two has gone: what was sent is all there is
