@@ -33,7 +33,7 @@ from supervisor.telemetry import measure_loop_lag, open_telemetry
 from supervisor.tenant.description import describe
 from supervisor.tenant.lifecycle import State
 from supervisor.tenant.name import check_tenant_name
-from supervisor.tenant.tenant import Ending, Tenant
+from supervisor.tenant.tenant import LAST_WORDS_S, Ending, Tenant
 
 if TYPE_CHECKING:
     import socket
@@ -67,6 +67,8 @@ class Supervisor:
     _tenants: dict[str, Tenant] = attrs.field(init=False, factory=dict)
     _nursery: trio.Nursery = attrs.field(init=False)
     _deleting: set[str] = attrs.field(init=False, factory=set)
+    # Grows when a record was deleted or revoked: what was read before may be out of date.
+    _edition: int = attrs.field(init=False, default=0)
 
     def __attrs_post_init__(self) -> None:
         app = create_app(self, self.authenticator, self.telemetry)
@@ -92,12 +94,14 @@ class Supervisor:
             if tenant is not None:
                 await (tenant.ended if tenant.ending else tenant.opened).wait()
                 continue
+            edition = self._edition
             record = await self.store.get_tenant(name)
             if record is None:
                 if not (create and self.authenticator.may_create):
                     raise UnknownTenant(f"there is no tenant {name!r}; create it with PUT /v1/tenants/{name}")
                 record, _ = await self.store.put_tenant(name)
-            if name not in self._tenants and not self.draining and name not in self._deleting:
+            up_to_date = edition == self._edition and name not in self._deleting
+            if up_to_date and name not in self._tenants and not self.draining:
                 self._tenants[name] = Tenant(
                     record,
                     self._home(name),
@@ -111,13 +115,31 @@ class Supervisor:
 
     async def _run_tenant(self, tenant: Tenant) -> None:
         """The boundary of a tenant: its fault stops here, is told, and the next request makes it anew."""
+        crashed = False
         try:
             await tenant.run()
         except* Exception as group:
+            crashed = True
             self.telemetry.log.error("tenant_crashed", tenant=tenant.name, exc_info=group)
         finally:
             if self._tenants.get(tenant.name) is tenant:
                 del self._tenants[tenant.name]
+        if crashed and tenant.state not in (State.ASLEEP, State.FAILED):
+            await self._settle(tenant)
+
+    async def _settle(self, tenant: Tenant) -> None:
+        """In the books a tenant that has crashed is asleep, unless a newer generation was begun meanwhile."""
+        try:
+            with trio.fail_after(LAST_WORDS_S):
+                await self.store.record_state(
+                    tenant.name,
+                    generation=tenant.record.generation,
+                    state=State.ASLEEP.value,
+                    event="tenant.recovered",
+                    data={"reason": "tenant_crashed", "former_state": tenant.state.value},
+                )
+        except (SupervisorError, trio.TooSlowError) as error:
+            self.telemetry.log.error("journal_lost", tenant=tenant.name, events=1, reason=str(error))
 
     def _home(self, name: str) -> Path:
         return self.settings.state_dir.absolute() / "tenants" / name
@@ -157,10 +179,10 @@ class Supervisor:
         check_tenant_name(name)
         if name in self._deleting:
             raise Unavailable(f"tenant {name!r} is being deleted already")
-        if await self.store.get_tenant(name) is None:
-            raise UnknownTenant(f"there is no tenant {name!r}")
         self._deleting.add(name)
         try:
+            if await self.store.get_tenant(name) is None:
+                raise UnknownTenant(f"there is no tenant {name!r}")
             tenant = self._tenants.get(name)
             if tenant is not None:
                 tenant.end(Ending.DELETE)
@@ -171,6 +193,7 @@ class Supervisor:
             raise Unavailable(f"the files of tenant {name!r} could not be removed: {error}") from error
         finally:
             self._deleting.discard(name)
+            self._edition += 1
 
     async def wake(self, name: str, create: bool = False) -> dict[str, Any]:
         """Starts the agent unless it runs, and begins the idle window anew. Raises as a connect does."""
@@ -198,6 +221,7 @@ class Supervisor:
         """Tokens of this tenant issued before `before` (wall clock) are no longer valid; their connections end."""
         check_tenant_name(name)
         record = await self.store.revoke_tokens(name, before=before)
+        self._edition += 1
         tenant = self._tenants.get(name)
         if tenant is not None:
             tenant.revoke(record.tokens_valid_after)
@@ -250,7 +274,7 @@ class Supervisor:
             tenant.end(Ending.DRAIN, kill_at=self._timeline.kill_at)
 
     async def drain(self) -> bool:
-        """Ends every agent by the timeline; returns once nothing of any tenant is left, and the clients have their 1012.
+        """Ends every agent by the timeline; returns once nothing of any tenant is left, its clients told 1012.
 
         False if `finish_at` came first; the rest is then cut off by leaving. Asks for the drain if nobody has.
         """
