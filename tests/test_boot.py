@@ -90,6 +90,22 @@ def test_pid_1_loses_no_sigterm_from_its_first_statement_on(namespace, after_ms)
 
 
 @pytest.mark.slow
+def test_a_signal_that_is_blocked_before_python_starts_is_not_lost_either(namespace):
+    """The interpreter's own start is before any statement of ours: `env --block-signal` covers that too."""
+    block = ["env", "--block-signal=TERM,USR1"]
+    if subprocess.run([*block, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("env cannot block signals: coreutils before 8.31")
+    with boot(*namespace, *block) as process:
+        pid = first(process)
+        while not blocks(pid, signal.SIGUSR1):
+            assert process.poll() is None
+        os.kill(pid, signal.SIGTERM)
+        output, _ = process.communicate(timeout=20)
+    assert "signal SIGTERM\ndrained\n" in output
+    assert process.returncode == 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_pid_1_passes_on_what_stops_a_service(namespace, number):
     with boot(*namespace) as process:
