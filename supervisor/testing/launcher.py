@@ -196,12 +196,7 @@ class AgentContext:
 
     async def accept(self) -> MemoryStream:
         """The next connection. Raises trio.EndOfChannel after `stop_listening`."""
-        try:
-            return await self._process._backlog.receive()
-        except trio.EndOfChannel:
-            if self._process._ends_with is not None:
-                await trio.sleep_forever()  # a process that has ended does nothing more: it is being cancelled
-            raise
+        return await self._process._backlog.receive()
 
     def stop_listening(self) -> None:
         """Closes the listening socket: connects fail from now on, and those in the backlog are reset."""
