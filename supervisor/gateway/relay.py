@@ -8,6 +8,7 @@ ends that pair.
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -67,6 +68,9 @@ class Pair:
 
     async def run(self, conduct: Callable[[], Awaitable[T]], to_agent: bytes, to_client: bytes) -> T:
         relay = self._relay
+        # Before the first of the second objects is made, since one that is not detached closes its fd.
+        if self._client.socket.fileno() < 0 or self._agent.socket.fileno() < 0:
+            raise trio.ClosedResourceError("a stream was closed before it was spliced")
         # Trio's sockets offer no way to try without a checkpoint, so each gets a second object around the same fd.
         client = _End(_bare(self._client), self._client.socket.fileno(), self._up, self._change)
         agent = _End(_bare(self._agent), self._agent.socket.fileno(), self._down, self._change)
@@ -258,8 +262,11 @@ class Relay:
         """Before the socket is closed: its number may be another's at once."""
         if end.watched:
             end.watched = 0
-            del self._ends[end.fd]
-            self._epoll.unregister(end.fd)
+            if self._ends.get(end.fd) is end:
+                del self._ends[end.fd]
+                # Where somebody else closed it, the kernel has forgotten it already.
+                with contextlib.suppress(OSError):
+                    self._epoll.unregister(end.fd)
 
     def _fault(self, end: _End, error: Exception) -> None:
         self.forget(end)

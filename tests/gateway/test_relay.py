@@ -304,6 +304,30 @@ async def test_pairs_fail_when_their_relay_ends(clock):
     await agent.aclose()
 
 
+async def test_a_stream_that_was_closed_before_is_refused_and_the_other_is_closed_once(clock):
+    client, client_inner = await tcp_pair()
+    agent, agent_inner = unix_pair()
+    await agent_inner.aclose()
+    splice = Splice(client_inner, agent_inner, relay=Relay(), traffic=Traffic(), when_agent_ends=died)
+    with pytest.raises(trio.ClosedResourceError, match="before it was spliced"):
+        await splice.run()
+    assert await read_to_end(client) == (b"", "eof")
+    await client.aclose()
+    await agent.aclose()
+
+
+async def test_a_stream_closed_by_somebody_else_does_not_take_another_pair_with_it(clock):
+    async with relaying() as (_, join):
+        pair = await join()
+        await settle()
+        await pair.inner[0].aclose()
+        other = await join()
+        await echo(other)
+        pair.scope.cancel()
+        await pair.assert_nothing_left(2)
+        await echo(other)
+
+
 async def test_no_cycle_keeps_a_finished_pair_in_memory(clock):
     """A relay of many short connections must not wait for the garbage collector."""
     gc.collect()
