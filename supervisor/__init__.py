@@ -9,18 +9,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from supervisor.server import Server as Server
+    from supervisor.server import serve as serve
     from supervisor.settings import Settings as Settings
-    from supervisor.supervisor import Server as Server
     from supervisor.supervisor import Supervisor as Supervisor
     from supervisor.supervisor import open_supervisor as open_supervisor
-    from supervisor.supervisor import serve as serve
 
 _HOME = {
     "Settings": "supervisor.settings",
-    "Server": "supervisor.supervisor",
+    "Server": "supervisor.server",
     "Supervisor": "supervisor.supervisor",
     "open_supervisor": "supervisor.supervisor",
-    "serve": "supervisor.supervisor",
+    "serve": "supervisor.server",
 }
 __all__ = list(_HOME)
 

@@ -1,13 +1,12 @@
 """The root: every tenant in one nursery, what all of them share, and the drain of all.
 
-`open_supervisor` gives one inside any Trio program; `serve` adds listeners; `run_server` is the whole program with
-signals, watchdog and exit status. There is no global state: two supervisors in one process do not meet.
+`open_supervisor` gives one inside any Trio program; `supervisor.server` adds listeners, signals and an exit status.
+There is no global state: two supervisors in one process do not meet.
 """
 
 from __future__ import annotations
 
 import contextlib
-import resource
 import shutil
 import time
 from collections import Counter
@@ -22,12 +21,10 @@ from supervisor.errors import Draining, SupervisorError, Unavailable, UnknownTen
 from supervisor.gateway.app import create_app
 from supervisor.gateway.auth import Authenticator
 from supervisor.gateway.front import Front
-from supervisor.gateway.listeners import open_listeners, tls_context
 from supervisor.gateway.relay import Relay
 from supervisor.gateway.secret import load_or_create_secret
 from supervisor.gateway.upgrade import serve_upgrade
 from supervisor.sandbox.process import ProcessLauncher, open_process_launcher
-from supervisor.signals import EXIT_WATCHDOG, Watchdog, watch_signals
 from supervisor.store import open_store
 from supervisor.telemetry import measure_loop_lag, open_telemetry
 from supervisor.tenant.description import describe
@@ -48,6 +45,15 @@ if TYPE_CHECKING:
 
 
 @attrs.define(eq=False)
+class _Drain:
+    """The one drain, which all who ask for it wait for. A hurry brings the scope's deadline forward."""
+
+    scope: trio.CancelScope
+    done: trio.Event = attrs.field(factory=trio.Event)
+    complete: bool = False
+
+
+@attrs.define(eq=False)
 class Supervisor:
     """Owns every tenant. Made by `open_supervisor`; all its methods may be called from any task of the run."""
 
@@ -63,7 +69,7 @@ class Supervisor:
     # Set when a drain is asked for, by a signal or by the API.
     drain_asked: trio.Event = attrs.field(init=False, factory=trio.Event)
     _timeline: Timeline | None = attrs.field(init=False, default=None)
-    _drained: bool = attrs.field(init=False, default=False)
+    _drain: _Drain | None = attrs.field(init=False, default=None)
     _tenants: dict[str, Tenant] = attrs.field(init=False, factory=dict)
     _nursery: trio.Nursery = attrs.field(init=False)
     _deleting: set[str] = attrs.field(init=False, factory=set)
@@ -270,6 +276,8 @@ class Supervisor:
         assert self._timeline is not None
         self.telemetry.log.warning("drain_hurried")
         self._timeline = self._timeline.hurried(trio.current_time())
+        if self._drain is not None:
+            self._drain.scope.deadline = self._timeline.finish_at
         for tenant in self._tenants.values():
             tenant.end(Ending.DRAIN, kill_at=self._timeline.kill_at)
 
@@ -278,28 +286,30 @@ class Supervisor:
 
         False if `finish_at` came first; the rest is then cut off by leaving. Asks for the drain if nobody has.
         """
-        if self._drained:
-            return True
+        if self._drain is not None:
+            await self._drain.done.wait()
+            return self._drain.complete
         if not self.draining:
             self.request_drain()
         assert self._timeline is not None
-        metrics = self.telemetry.metrics
+        metrics, began_at = self.telemetry.metrics, self._timeline.began_at
         metrics.drains.inc()
-        began_at = self._timeline.began_at
         tenants = list(self._tenants.values())
         self.telemetry.log.info("drain_began", tenants=len(tenants), grace_s=self._timeline.kill_at - began_at)
         for tenant in tenants:
             tenant.end(Ending.DRAIN, kill_at=self._timeline.kill_at)
-        for tenant in tenants:
-            # The timeline may be hurried meanwhile, never delayed: so its end is looked up at each turn.
-            while not tenant.ended.is_set() and trio.current_time() < self._timeline.finish_at:
-                with trio.move_on_at(min(self._timeline.finish_at, trio.current_time() + 0.25)):
+        drain = self._drain = _Drain(trio.CancelScope(deadline=self._timeline.finish_at))
+        try:
+            with drain.scope:
+                for tenant in tenants:
                     await tenant.ended.wait()
-        drained = self._drained = all(tenant.ended.is_set() for tenant in tenants)
+        finally:
+            drain.complete = all(tenant.ended.is_set() for tenant in tenants)
+            drain.done.set()
         took_s = trio.current_time() - began_at
         metrics.drain_seconds.observe(took_s)
-        self.telemetry.log.info("drain_ended", drained=drained, took_s=round(took_s, 3))
-        return drained
+        self.telemetry.log.info("drain_ended", drained=drain.complete, took_s=round(took_s, 3))
+        return drain.complete
 
 
 def _unless_missing(_function: object, _path: object, error: tuple[object, BaseException, object]) -> None:
@@ -351,105 +361,3 @@ async def open_supervisor(
                 await supervisor.drain()
                 supervisor._nursery.cancel_scope.cancel(reason="the drain's time is over")
             base.cancel_scope.cancel(reason="the supervisor has ended")
-
-
-@attrs.frozen
-class Server:
-    """What `serve` gives: where it listens, and the supervisor behind it."""
-
-    addresses: list[str]
-    supervisor: Supervisor
-
-
-async def serve(
-    settings: Settings,
-    *,
-    launcher: Launcher | None = None,
-    telemetry: Telemetry | None = None,
-    control: socket.socket | None = None,
-    task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    """Serves until a drain is asked for, and drains: `server = await nursery.start(serve, settings)`.
-
-    Reports the bound addresses once clients can connect. Cancellation kills every agent and closes every
-    connection. Raises ConfigError and StoreError before that.
-    """
-    async with contextlib.AsyncExitStack() as stack:
-        if telemetry is None:
-            telemetry = stack.enter_context(open_telemetry(settings.log))
-        if launcher is None:
-            # The keeper is made before anything else is open.
-            launcher = await stack.enter_async_context(open_process_launcher(settings, telemetry, control=control))
-        listeners, addresses = await open_listeners(settings.bind, tls=tls_context(settings.tls))
-        for listener in listeners:
-            stack.callback(listener.close)
-        supervisor = await stack.enter_async_context(
-            open_supervisor(settings, launcher=launcher, telemetry=telemetry, addresses=addresses)
-        )
-        async with trio.open_nursery() as nursery:
-            await nursery.start(supervisor.front.serve, listeners)
-            telemetry.log.info("listening", addresses=addresses)
-            task_status.started(Server(addresses, supervisor))
-            await supervisor.drain_asked.wait()
-            supervisor.front.refuse_new()
-            await supervisor.drain()
-            supervisor.front.terminate()
-
-
-def run_server(settings: Settings, *, control: socket.socket | None = None, announce: Callable[[Server], None]) -> int:
-    """The whole program: signals, watchdog, exit status. 0 after a drain, 70 after one that was forced.
-
-    `announce` is called once clients can connect. Raises ConfigError and StoreError bare.
-    """
-    return trio.run(_run_server, settings, control, announce)
-
-
-async def _run_server(settings: Settings, control: socket.socket | None, announce: Callable[[Server], None]) -> int:
-    _raise_open_files_limit()
-    watchdog = Watchdog()
-    server: Server | None = None
-    status = 0
-
-    def drain(_signal: object) -> None:
-        if server is None:
-            nursery.cancel_scope.cancel(reason="a signal came before the start was done")
-        else:
-            server.supervisor.request_drain()
-
-    def force(_signal: object) -> None:
-        nonlocal status
-        status = EXIT_WATCHDOG
-        nursery.cancel_scope.cancel(reason="a third signal")
-
-    async def guard(supervisor: Supervisor) -> None:
-        await supervisor.drain_asked.wait()
-        watchdog.arm(settings.drain_grace_s, "the drain")
-
-    try:
-        async with trio.open_nursery() as signals:
-            await signals.start(watch_signals, [drain, drain, force])
-            async with trio.open_nursery() as nursery:
-                with open_telemetry(settings.log) as telemetry:
-                    async with trio.open_nursery() as serving:
-                        server = await serving.start(partial(serve, settings, telemetry=telemetry, control=control))
-                        serving.start_soon(guard, server.supervisor)
-                        announce(server)
-            signals.cancel_scope.cancel(reason="the server has ended")
-    except* SupervisorError as group:
-        raise _first(group) from None
-    finally:
-        watchdog.disarm()
-    return status
-
-
-def _first(group: BaseExceptionGroup[SupervisorError]) -> SupervisorError:
-    error = group.exceptions[0]
-    return _first(error) if isinstance(error, BaseExceptionGroup) else error
-
-
-def _raise_open_files_limit() -> None:
-    """Two descriptors a connection: a service manager's soft limit of 1024 is for programs that use select(2)."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

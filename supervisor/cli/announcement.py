@@ -15,7 +15,7 @@ from urllib.parse import quote
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from supervisor.supervisor import Server
+    from supervisor.server import Server
 
 _TOKEN_TTL_S: Final = 12 * 3600.0
 

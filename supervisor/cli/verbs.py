@@ -107,7 +107,7 @@ def serve(control: socket.socket | None, config: Path | None, overrides: Mapping
     del init  # Taken by `__main__`, before anything was imported.
     settings = _load(config, overrides).settings
     from supervisor.cli.announcement import announce_server
-    from supervisor.supervisor import run_server
+    from supervisor.server import run_server
 
     return run_server(settings, control=control, announce=announce_server)
 

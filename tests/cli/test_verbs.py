@@ -113,7 +113,7 @@ def test_serve_runs_with_the_settings_and_returns_the_status(run, monkeypatch):
         seen.update(settings=settings, control=control)
         return 70
 
-    monkeypatch.setattr("supervisor.supervisor.run_server", run_server)
+    monkeypatch.setattr("supervisor.server.run_server", run_server)
     control = object()
     ran = run("serve", "--bind", "127.0.0.1:1", "--bind", "unix:/x", "--state-dir", "s", "--init", control=control)
     assert ran.status == 70
@@ -126,7 +126,7 @@ def test_an_error_of_the_library_is_told_in_its_words(run, monkeypatch):
     def run_server(*args, **kwargs):
         raise StoreError("the disk is full: make room")
 
-    monkeypatch.setattr("supervisor.supervisor.run_server", run_server)
+    monkeypatch.setattr("supervisor.server.run_server", run_server)
     ran = run("serve")
     assert (ran.status, ran.err) == (69, "tenantry: the disk is full: make room\n")
 

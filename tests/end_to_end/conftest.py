@@ -13,8 +13,8 @@ import pytest
 import trio
 
 from supervisor.client import open_websocket
+from supervisor.server import serve
 from supervisor.settings import AgentSettings, Settings
-from supervisor.supervisor import serve
 from supervisor.telemetry import captured_telemetry
 
 ROOT = Path(__file__).resolve().parents[2]
