@@ -1,4 +1,4 @@
-"""What a tenant has to store, in order: nothing is skipped, and a store that fails is asked again.
+"""What a tenant has to store, in order: a store that fails is asked again, and what is lost meanwhile is told.
 
 State changes are made in memory at once, and are written here by one task, so that a full disk stops no drain.
 """
@@ -19,23 +19,31 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
 RETRY_S = 1.0
+# A store that fails for so long that this many changes of one tenant wait costs the oldest of them.
+MAX_WAITING = 1000
 
 
 @attrs.define(eq=False)
 class Outbox:
-    """Bounded by what fills it: a tenant makes no change of state that its ladder does not allow."""
+    """One a tenant."""
 
     log: FilteringBoundLogger
     _waiting: deque[Callable[[], Awaitable[object]]] = attrs.field(init=False, factory=deque)
     _changed: trio.Event = attrs.field(init=False, factory=trio.Event)
     # Set while the store refuses what waits longest.
     _failure: StoreError | None = attrs.field(init=False, default=None)
+    _lost: int = attrs.field(init=False, default=0)
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def post(self, write: Callable[[], Awaitable[object]]) -> None:
         """Takes one write; it happens after all former ones."""
+        if len(self._waiting) >= MAX_WAITING:
+            del self._waiting[1]  # the first is being written
+            if not self._lost:
+                self.log.error("journal_loses", reason=str(self._failure), waiting=len(self._waiting))
+            self._lost += 1
         self._waiting.append(write)
         self._signal()
 
@@ -56,8 +64,8 @@ class Outbox:
             except UnknownTenant:
                 self.log.info("journal_dropped", reason="the tenant was deleted")
             if self._failure is not None:
-                self.log.info("journal_resumed", waiting=len(self._waiting))
-            self._failure = None
+                self.log.warning("journal_resumed", waiting=len(self._waiting) - 1, lost=self._lost)
+            self._failure, self._lost = None, 0
             self._waiting.popleft()
             self._signal()
 

@@ -202,5 +202,5 @@ def request(head: bytes, *fields: bytes, body: bytes = b"") -> bytes:
 async def until(condition, within_s: float = 5) -> None:
     """Waits for what has no event to wait for, such as that nothing is left."""
     with trio.fail_after(within_s):
-        while not condition():  # noqa: ASYNC110
+        while not condition():
             await trio.sleep(0.001)
