@@ -52,7 +52,10 @@ _LAX_LINE = re.compile(rb"(?<!\r)\n|\r[^\n]|\n[ \t]")
 _CONTENT_LENGTH_LINE = re.compile(rb"\ncontent-length[ \t]*:([^\r\n]*)", re.IGNORECASE)
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _METHOD = re.compile(rb"[A-Z]+(?:-[A-Z]+)*")
-_HOST = re.compile(rb"(?:[A-Za-z0-9_](?:[A-Za-z0-9._-]*)|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?")
+# A label that is empty or longer than 63 is no name, and the app's router would raise for it.
+_HOST = re.compile(
+    rb"(?:\[([0-9A-Fa-f:.]+)\]|(?=.{1,255}\Z)[A-Za-z0-9_][A-Za-z0-9_-]{0,62}(?:\.[A-Za-z0-9_-]{1,63})*\.?)(?::([0-9]{1,5}))?"
+)
 _BAD_PERCENT = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 # What no path has by RFC 3986, and what would be a separator or an end of string to some reader.
 _NOT_IN_TARGET = re.compile(rb"[^\x21-\x7e]|[#\\]")
@@ -108,6 +111,13 @@ def raw_refusal(head: bytes | bytearray) -> Refusal | None:
     return None
 
 
+def chunk_refusal(line: bytes | bytearray) -> Refusal | None:
+    """Refuses the line before a chunk (RFC 9112 section 7.1) that another server would cut elsewhere."""
+    if _CONTROL.search(line.removesuffix(b"\r\n")):
+        return _malformed("The line before a chunk contains a control character.")
+    return None
+
+
 def refusal(request: h11.Request) -> Refusal | None:
     """Why this head, which the parser accepted, is not served; None if it is (RFC 9112, RFC 9110)."""
     headers = list(request.headers)
@@ -131,9 +141,17 @@ def _host_refusal(hosts: Sequence[bytes], *, required: bool) -> Refusal | None:
     if len(hosts) != 1:
         return _malformed("Exactly one Host header is required.")
     match = _HOST.fullmatch(hosts[0])
-    if match is None or (match[1] and int(match[1]) > 65535):
+    if match is None or (match[1] and not _is_ipv6(match[1])) or (match[2] and int(match[2]) > 65535):
         return _malformed("The Host header is no host name or address with an optional port.")
     return None
+
+
+def _is_ipv6(text: bytes) -> bool:
+    try:
+        ipaddress.IPv6Address(text.decode("ascii"))
+    except ValueError:
+        return False
+    return True
 
 
 def _framing_refusal(headers: Sequence[tuple[bytes, bytes]], version: bytes) -> Refusal | None:
@@ -156,6 +174,9 @@ def target_refusal(target: bytes) -> Refusal | None:
     """Only origin-form (`/path?query`), and no path that changes its meaning when it is decoded or resolved."""
     if not target.startswith(b"/"):
         return _malformed("The request target is a path that begins with '/'; no other form is served.")
+    if target.startswith(b"//"):
+        # To a router the same as one slash, to a proxy's rules another path, and to a URL's resolver a host.
+        return _malformed("The request target begins with two slashes.")
     if _NOT_IN_TARGET.search(target):
         return _malformed("The request target contains a character that must be percent-encoded.")
     path = target.partition(b"?")[0]

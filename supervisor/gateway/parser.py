@@ -127,7 +127,7 @@ class Owner(Protocol):
 
 
 class _StrictBuffer(ReceiveBuffer):
-    """h11's buffer, with a look at the raw lines of a head before h11 unfolds, merges or forgives them."""
+    """h11's buffer, with a look at the raw lines of heads and chunks before h11 unfolds, merges or forgives them."""
 
     def __init__(self, max_head_bytes: int) -> None:
         super().__init__()
@@ -150,6 +150,13 @@ class _StrictBuffer(ReceiveBuffer):
                 raise RequestRefused(refusal)
             self._judged = len(data)
         return super().maybe_extract_lines()
+
+    def maybe_extract_next_line(self) -> bytearray | None:
+        """The line before a chunk, whose extensions h11 does not look at."""
+        line = super().maybe_extract_next_line()
+        if line is not None and (refusal := heads.chunk_refusal(line)) is not None:
+            raise RequestRefused(refusal)
+        return line
 
     def _extract(self, count: int) -> bytearray:
         self._judged = 0

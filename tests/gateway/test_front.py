@@ -118,6 +118,10 @@ HTTP_INPUTS = {
     "a bad chunk": (request(b"POST /body", b"Transfer-Encoding: chunked", body=b"zz\r\n"), 400),
     "a bad chunk's end": (request(b"POST /body", b"Transfer-Encoding: chunked", body=b"1\r\nabc\r\n"), 400),
     "a negative chunk": (request(b"POST /body", b"Transfer-Encoding: chunked", body=b"-1\r\n\r\n"), 400),
+    "a bare CR in a chunk's extension": (
+        request(b"POST /body", b"Transfer-Encoding: chunked", body=b"1;a\rb\r\nx\r\n0\r\n\r\n"),
+        400,
+    ),
     "a folded trailer": (
         request(b"POST /body", b"Transfer-Encoding: chunked", body=b"0\r\nA: b\r\n c\r\n\r\n"),
         400,
