@@ -107,6 +107,10 @@ class Process:
     _output_complete: bool = True
     _reads: set[trio.CancelScope] = attrs.Factory(set)
 
+    @property
+    def running(self) -> bool:
+        return not self._gone
+
     # What the session calls; none of it blocks.
 
     def release(self) -> None:
@@ -171,7 +175,7 @@ class Process:
             "argv": self.command.argv,
             "terminal": self.command.terminal is not None,
             "detached": self.command.detach,
-            "running": not self._gone,
+            "running": self.running,
             "returncode": self.returncode,
             "discarded_bytes": self.discarded_bytes,
         }

@@ -96,9 +96,10 @@ def parse(message: str | bytes) -> Call:
 
 
 def _id_of(message: str | bytes) -> Id:
+    # Behind what was wrong with it first, the message may be no JSON at all.
     try:
         return _id.decode(message).id
-    except msgspec.ValidationError:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
 
 

@@ -194,7 +194,8 @@ class Session:
             detach=params.detach,
         )
         process = await self._desk.processes.start(command, self.notify)
-        self._own.add(process)
+        # Those that have ended go, or a client that stays would make us remember every command it ever ran.
+        self._own = {one for one in self._own if one.running} | {process}
         return process
 
     def _find(self, cwd: str) -> str:

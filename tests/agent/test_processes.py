@@ -502,6 +502,21 @@ async def test_a_detached_process_outlives_its_client_and_its_loss_is_counted(de
 
 
 @bounded
+async def test_a_client_that_stays_does_not_make_us_remember_what_has_ended(desk, monkeypatch):
+    sessions = []
+    start = processes.Processes.start
+    monkeypatch.setattr(
+        processes.Processes,
+        "start",
+        lambda self, command, sink: sessions.append(sink.__self__) or start(self, command, sink),
+    )
+    wire = await desk()
+    for _ in range(3):
+        await wire.until_exit((await wire.call("process.start", argv=sh("exit")))["id"])
+    assert len(sessions[0]._own) == 1
+
+
+@bounded
 async def test_a_detached_command_may_leave_something_behind(desk, tmp_path):
     wire = await desk()
     started = await wire.call("process.start", argv=sh("sleep 1000 >/dev/null 2>&1 & echo $! > pid"), detach=True)

@@ -41,6 +41,10 @@ def test_a_request_without_an_id_is_a_notification():
         (b"\xff", rpc.PARSE_ERROR, None),
         ('"\\ud800"', rpc.PARSE_ERROR, None),
         ('{"params":' + "[" * 100_000, rpc.PARSE_ERROR, None),
+        # Wrong in its shape first, and no JSON behind that.
+        ('{"jsonrpc":5,]', rpc.INVALID_REQUEST, None),
+        ('{"jsonrpc":"2.0","method":5,"id":"\\ud800"}', rpc.INVALID_REQUEST, None),
+        ('{"method":5,"x":' + "[" * 100_000, rpc.INVALID_REQUEST, None),
         ("1", rpc.INVALID_REQUEST, None),
         ("{}", rpc.INVALID_REQUEST, None),
         ('{"jsonrpc":"2.0","id":7,"method":5}', rpc.INVALID_REQUEST, 7),
