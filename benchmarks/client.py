@@ -25,7 +25,6 @@ from picows import WSError, WSListener, WSMsgType, ws_connect
 MAX_FRAME_BYTES = 64 << 20
 # Upgrades under way at one moment while many connections are opened.
 OPENING = 32
-PAUSE_S = 0.005
 SMALL = b"x" * 64
 
 
@@ -198,8 +197,6 @@ async def connects(target, count):
         await connection.echo()
         echoes.append(time.perf_counter() - began)
         await connection.leave()
-        # What is left to do about this connection is no part of the next one's way.
-        await asyncio.sleep(PAUSE_S)
     return {"handshake_s": handshakes, "echo_s": echoes}
 
 
