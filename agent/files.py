@@ -124,7 +124,11 @@ class Files:
             if not stat.S_ISDIR(found.st_mode):
                 os.unlink(place.name, dir_fd=place.directory)
             elif params.recursive:
-                shutil.rmtree(place.name, dir_fd=place.directory)
+                try:
+                    shutil.rmtree(place.name, dir_fd=place.directory)
+                except RecursionError:
+                    why = "its directories are nested too deeply; remove it by a command, such as rm -r"
+                    raise Failed("too_deep", f"{params.path}: {why}") from None
             else:
                 os.rmdir(place.name, dir_fd=place.directory)
         return {}

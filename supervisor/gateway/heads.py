@@ -51,6 +51,7 @@ _MAX_FIELDS = 256
 _LAX_LINE = re.compile(rb"(?<!\r)\n|\r[^\n]|\n[ \t]")
 _CONTENT_LENGTH_LINE = re.compile(rb"\ncontent-length[ \t]*:([^\r\n]*)", re.IGNORECASE)
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+_MARK = re.compile(rb"[^0-9a-z]")
 _METHOD = re.compile(rb"[A-Z]+(?:-[A-Z]+)*")
 # A label that is empty or longer than 63 is no name, and the app's router would raise for it.
 _HOST = re.compile(
@@ -242,13 +243,13 @@ def agent_head(
 
     Removed: credentials, hop-by-hop headers and those that Connection names, the client's `Tenantry-*`, the
     subprotocols and the query values that carry a token, and unless the peer is a `trusted` proxy what
-    claims to know the client's address. Names are compared with `_` as `-`, since many servers do not tell
-    them apart. Raises ValueError if `target` or `add` would break the head.
+    claims to know the client's address. Names are compared with `_`, `.` and other marks as `-`, since many
+    servers do not tell them apart. Raises ValueError if `target` or `add` would break the head.
     """
-    named = _tokens(request.headers, b"connection")
+    named = {_MARK.sub(b"-", token) for token in _tokens(request.headers, b"connection")}
     lines = [b"GET %s HTTP/1.1" % _without_secrets(target)]
     for name, value in request.headers.raw_items():
-        key = name.lower().replace(b"_", b"-")
+        key = _MARK.sub(b"-", name.lower())
         if key == b"sec-websocket-protocol":
             value = _public_subprotocols(value)
             if not value:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import threading
 
@@ -299,3 +300,13 @@ def test_remove_takes_the_link_and_never_what_it_points_to(box, home):
     assert failure(box.remove, Remove("a/..", recursive=True)) in ("not_found", rpc.INVALID_PARAMS)
     assert os.listdir(home) == []
     assert (home.parent / "outside" / "file").exists()
+
+
+def test_a_tree_too_deep_to_remove_is_an_error_and_no_fault_of_ours(box, home, monkeypatch):
+    (home / "a").mkdir()
+
+    def rmtree(name, *, dir_fd):
+        raise RecursionError
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    assert failure(box.remove, Remove(path="a", recursive=True)) == "too_deep"

@@ -359,6 +359,8 @@ def test_the_agent_gets_the_clients_head_in_its_order_and_spelling():
         "tenantry-subject",
         "TENANTRY-X",
         "Tenantry_Tenant",
+        "Tenantry.Tenant",
+        "tenantry!x",
         "Proxy_Authorization",
         "Forwarded",
         "X-Forwarded-For",
