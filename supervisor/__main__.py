@@ -23,6 +23,7 @@ _VERBS: Final = frozenset({"serve", "check", "config", "token", "tenants", "atta
 
 def main() -> NoReturn:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
+    _open_closed_streams()
     control = None
     if _serves(sys.argv[1:]):
         if _wants_init():
@@ -34,6 +35,17 @@ def main() -> NoReturn:
     from supervisor.cli import main as run
 
     sys.exit(run(control=control))
+
+
+def _open_closed_streams() -> None:
+    """Leads what the caller closed to /dev/null: else the next socket would get its number, and be taken for stdin."""
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            # The lowest free number is this one. The init and the agents inherit it, as they would an open one.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+            setattr(sys, name, os.fdopen(fd, "r" if fd == 0 else "w", closefd=False))
 
 
 def _serves(arguments: list[str]) -> bool:

@@ -199,3 +199,26 @@ def test_other_verbs_neither_become_init_nor_block_signals(arguments):
         output, _ = process.communicate(timeout=20)
     assert output == "control None blocked []\n"
     assert process.returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("init", ["", "--init"])
+def test_serve_needs_none_of_its_streams(closed, init, tmp_path):
+    """Closed by the caller they lead to /dev/null, and no socket or file of ours gets their number."""
+    arguments = f"serve {init} --bind unix:{tmp_path}/s --state-dir {tmp_path}/state"
+    process = subprocess.Popen(["sh", "-c", f"exec {sys.executable} -m supervisor {arguments} {closed}"])
+    try:
+        deadline = time.monotonic() + 10.0
+        while not (tmp_path / "s").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert process.poll() is None
+        serving = tree.children(process.pid)[0] if init else process.pid
+        for fd, redirection in enumerate(("<&-", ">&-", "2>&-")):
+            if redirection in closed.split():
+                assert os.readlink(f"/proc/{serving}/fd/{fd}") == "/dev/null"
+        process.terminate()
+        assert process.wait(15) == 0
+    finally:
+        process.kill()
+        process.wait()

@@ -5,6 +5,7 @@ Nothing heavy is imported before a verb needs it, and nothing here ends the proc
 
 from __future__ import annotations
 
+import errno
 import sys
 from typing import TYPE_CHECKING, Final
 
@@ -16,10 +17,12 @@ if TYPE_CHECKING:
 USAGE: Final = 64
 UNAVAILABLE: Final = 69
 HARD_DEADLINE: Final = 70
+IO_ERROR: Final = 74
 NOT_ALLOWED: Final = 77
 CONFIGURATION: Final = 78
 INTERRUPTED: Final = 130
 OUTPUT_CLOSED: Final = 141
+_NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class Failure(Exception):
@@ -33,8 +36,8 @@ class Failure(Exception):
 def main(argv: Sequence[str] | None = None, *, control: socket.socket | None = None) -> int:
     """Runs one verb and returns the exit status; `control` is the socket to an init that is our keeper.
 
-    0 well done, 64 wrong use, 69 no server or agent, 70 not done in time, 77 not allowed, 78 wrong settings; `exec` and
-    `attach` give the status of what they ran, or 128 and the number of the signal that ended it.
+    0 well done, 64 wrong use, 69 no server or agent, 70 not done in time, 74 output not written, 77 not allowed, 78
+    wrong settings; `exec` and `attach` give the status of what they ran, or 128 and the signal that ended it.
     """
     import click
 
@@ -59,7 +62,11 @@ def main(argv: Sequence[str] | None = None, *, control: socket.socket | None = N
     except SupervisorError as error:
         return _told(str(error), UNAVAILABLE if error.retryable else 1)
     except BrokenPipeError:
-        return _without_output()
+        return _without_output(OUTPUT_CLOSED)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        return _without_output(_told(f"the output cannot be written: {error.strerror}", IO_ERROR))
     except SystemExit as error:
         # Click's own way to say that the reader of stdout is gone.
         return OUTPUT_CLOSED if error.code == 1 else int(error.code or 0)
@@ -71,10 +78,10 @@ def _told(message: str, status: int) -> int:
     return status
 
 
-def _without_output() -> int:
+def _without_output(status: int) -> int:
     # Else the interpreter would flush what is left, and complain.
     import os
 
     with open(os.devnull, "w") as devnull:
         os.dup2(devnull.fileno(), sys.stdout.fileno())
-    return OUTPUT_CLOSED
+    return status

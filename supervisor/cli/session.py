@@ -50,12 +50,6 @@ class Streams:
 
 def run(verb: Callable[..., Awaitable[int]], *args: object) -> int:
     """Runs one of the verbs below in Trio, and gives its exit status or raises its Failure."""
-    for fd in attrs.astuple(Streams()):
-        try:
-            os.fstat(fd)
-        except OSError:
-            # Closed by the caller: else the next socket would get its number, and be taken for stdin.
-            os.open(os.devnull, os.O_RDWR)
 
     async def alone() -> int:
         return await verb(*args)
