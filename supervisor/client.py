@@ -7,6 +7,7 @@ cancelled, whatever the peer does; the stream is closed when the context is left
 from __future__ import annotations
 
 import contextlib
+import os
 import ssl
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
@@ -130,7 +131,9 @@ async def open_websocket_url(
         except OSError as error:
             # Trio tells of each address that it tried, and here the first tells enough.
             inner = getattr(error.__cause__, "exceptions", [error.__cause__ or error])[0]
-            raise HandshakeFailed(f"cannot connect to {unix_path or parts.netloc}: {inner}") from error
+            # Trio's own words name the address once more. Those of the resolver, whose number is below 0, do not.
+            why = os.strerror(inner.errno) if (inner.errno or 0) > 0 else inner.strerror or inner
+            raise HandshakeFailed(f"cannot connect to {unix_path or parts.netloc}: {why}") from error
     if stream is None:
         raise HandshakeFailed(f"cannot connect to {unix_path or parts.netloc} within {handshake_timeout_s:g} s")
     if parts.scheme == "wss":

@@ -41,4 +41,6 @@ def announce(addresses: Sequence[str], token: str | None) -> None:
     lines.append(f"Attach  {variables}{program} attach demo")
     # Whoever started us may have closed stdout, or gone: that is no reason not to serve.
     with contextlib.suppress(OSError, ValueError):
-        print("\n".join(lines), flush=True)
+        # In one write: the log goes to the same terminal, and print() would write the last newline after it.
+        sys.stdout.write("\n".join(lines) + "\n")
+        sys.stdout.flush()

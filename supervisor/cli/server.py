@@ -88,8 +88,9 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock.connect(str(self._path))
 
 
-def unreachable(server: Server, error: object) -> Failure:
-    return Failure(f"no answer from {server}: {error}. Is it running? `--url` or TENANTRY_URL says where", UNAVAILABLE)
+def unreachable(server: Server, error: Exception) -> Failure:
+    why = getattr(error, "strerror", None) or error
+    return Failure(f"no answer from {server}: {why}. Is it running? `--url` or TENANTRY_URL says where", UNAVAILABLE)
 
 
 def refused(what: str, status: int, content: bytes) -> Failure:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 # What follows the tenant belongs to the command, its options included.
-_COMMAND_CONTEXT = {**_CONTEXT, "ignore_unknown_options": True, "allow_interspersed_args": False}
+_COMMAND_CONTEXT = {**_CONTEXT, "allow_interspersed_args": False}
 
 
 class _Duration(click.ParamType):  # type: ignore[type-arg]
@@ -35,7 +35,10 @@ class _Duration(click.ParamType):  # type: ignore[type-arg]
 
 
 def _without_dashes(_context: click.Context, _parameter: click.Parameter, argv: tuple[str, ...]) -> tuple[str, ...]:
-    argv = argv[1:] if argv[:1] == ("--",) else argv
+    if argv[:1] == ("--",):
+        argv = argv[1:]
+    elif argv and argv[0].startswith("-"):
+        raise click.UsageError(f"{argv[0]!r} is taken for a program: options of ours stand in front of the tenant")
     if not argv and _parameter.required:
         raise click.UsageError("what is to be run? Name a program after the tenant: `tenantry exec TENANT -- argv`")
     return argv
@@ -131,7 +134,10 @@ def config() -> None:
 @config.command(context_settings=_CONTEXT)
 @_with_settings(bind=True)
 def show(config: Path | None, overrides: Mapping[str, Any]) -> None:
-    """Show every value with where it came from, as a TOML file that gives the same settings."""
+    """Show every value, and where it came from.
+
+    As a TOML file that gives the same settings, but for the values of `agent.env`.
+    """
     import json
 
     from supervisor.configuration import rows
@@ -227,8 +233,8 @@ def tenants(server: Server, as_json: bool) -> None:
 def attach(tenant: str, argv: tuple[str, ...], server: Server, raw: bool, path: str) -> int:
     """Open a shell, or ARGV, for TENANT.
 
-    The agent is started if it sleeps. With a terminal if stdin is one (Ctrl-] leaves), else stdin goes to the
-    shell line by line. The exit status is that of the shell.
+    The agent is started if it sleeps. With a terminal if stdin is one (Ctrl-] leaves), else stdin is the
+    shell's as it stands. The exit status is that of the shell.
     """
     from supervisor.cli import session
 
