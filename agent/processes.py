@@ -391,11 +391,21 @@ class Processes:
                 self._none_left.set()
 
 
-async def _spawn(process_id: str, command: Command, env: Mapping[str, str], sink: Sink) -> Process:
+def _check(command: Command, path: str) -> None:
+    """Raises Failed for what would not start, in words that a reader of the error can use."""
     named = command.argv[0]
+    if not os.path.isdir(command.cwd):
+        raise Failed("start_failed", f"{command.cwd}: no such directory to run {named} in")
     program = os.path.join(command.cwd, named) if "/" in named else named
-    if shutil.which(program, path=env.get("PATH", os.defpath)) is None:
-        raise Failed("not_found", f"{command.argv[0]}: no such program")
+    if shutil.which(program, path=path) is not None:
+        return
+    if ("/" in named and os.path.isdir(program)) or shutil.which(program, mode=os.F_OK, path=path) is not None:
+        raise Failed("start_failed", f"{named}: not executable")
+    raise Failed("not_found", f"{named}: no such program")
+
+
+async def _spawn(process_id: str, command: Command, env: Mapping[str, str], sink: Sink) -> Process:
+    _check(command, env.get("PATH", os.defpath))
     with contextlib.ExitStack() as on_failure:
         try:
             if command.terminal is None:

@@ -266,6 +266,9 @@ async def test_a_signal_reaches_the_whole_group(desk):
         ("process.start", {"argv": ["./none"]}, "not_found"),
         ("process.start", {"argv": ["./none"], "pty": {}}, "not_found"),
         ("process.start", {"argv": ["./script"]}, "start_failed"),
+        ("process.start", {"argv": ["./text"]}, "start_failed"),
+        ("process.start", {"argv": ["./text"], "pty": {}}, "start_failed"),
+        ("process.start", {"argv": ["/"]}, "start_failed"),
         ("process.start", {"argv": ["true"], "cwd": ".."}, "outside_workspace"),
         ("process.start", {"argv": ["true"], "cwd": "none"}, "start_failed"),
         ("process.start", {"argv": []}, -32602),
@@ -285,6 +288,7 @@ async def test_a_signal_reaches_the_whole_group(desk):
 async def test_what_cannot_be_done_is_a_proper_error(desk, tmp_path, method, params, code):
     (tmp_path / "script").write_text("\x7fELF nonsense")
     (tmp_path / "script").chmod(0o755)
+    (tmp_path / "text").write_text("no program")
     wire = await desk()
     error = await wire.error(method, **params)
     assert code == (error["data"]["code"] if "data" in error else error["code"])
