@@ -72,7 +72,7 @@ def load(
             found[key] = source, _from_directory(value, key, file.parent)
     given = [(key, f"option --{key.translate(_DASHES)}", value) for key, value in (overrides or {}).items()]
     for key, source, value in _read([*_from_environment(environ, faults), *given], faults):
-        found[key] = source, value
+        found[key] = source, _program_from(value, Path()) if key == "agent.command" else value
     settings = None if faults else _build({key: value for key, (_, value) in found.items()}, faults)
     if settings is not None:
         faults += _contradictions(settings)
@@ -138,6 +138,8 @@ def _from_file(file: Path, faults: list[str]) -> Iterator[tuple[str, str, object
     for name, value in content.items():
         if name in sections and not isinstance(value, dict):
             faults.append(f"file {file}:{name}: {value!r} is not a table; write [{name}] and its keys below it")
+        elif name not in sections and isinstance(value, dict) and name not in _options_by_key():
+            faults.append(f"file {file}:{name}: there is no such table{_nearest(name, sorted(sections))}")
         elif name not in sections:
             yield name, f"file {file}:{name}", value
         else:
@@ -176,9 +178,17 @@ def _nearest(unknown: str, known: Iterable[str]) -> str:
 def _from_directory(value: Any, key: str, directory: Path) -> Any:
     if isinstance(value, Path):
         return directory / value
+    if key == "agent.command":
+        return _program_from(value, directory)
     if key == "bind":
         return tuple(_unix_from_directory(bind, directory) for bind in value)
     return value
+
+
+def _program_from(command: tuple[str, ...], directory: Path) -> tuple[str, ...]:
+    # As a shell has it: with a slash it is a path. It is run in a tenant's workspace, so no relative one can stay.
+    program, *arguments = command
+    return (str((directory / program).absolute()) if "/" in program else program, *arguments)
 
 
 def _unix_from_directory(bind: str, directory: Path) -> str:

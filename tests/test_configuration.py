@@ -144,6 +144,15 @@ def test_relative_paths_are_relative_to_the_file_and_only_there(configure):
     assert configure("", {"TENANTRY_STATE_DIR": "state"}).settings.state_dir == Path("state")
 
 
+def test_a_program_that_is_named_by_a_path_is_found_from_any_workspace(configure):
+    directory = configure.file.parent
+    settings = configure('[agent]\ncommand = [".venv/bin/python", "-m", "./x"]').settings
+    assert settings.agent.command == (f"{directory}/.venv/bin/python", "-m", "./x")
+    assert configure('[agent]\ncommand = "/bin/x ."').settings.agent.command == ("/bin/x", ".")
+    in_environ = configure("", {"TENANTRY_AGENT_COMMAND": "bin/agent x"}).settings
+    assert in_environ.agent.command == (str(Path.cwd() / "bin/agent"), "x")
+
+
 def test_every_fault_is_told_at_once_with_its_place_its_value_and_what_is_expected(configure):
     told = faults(
         lambda: configure(
@@ -174,7 +183,8 @@ def test_every_fault_is_told_at_once_with_its_place_its_value_and_what_is_expect
         ("[agent]\ngrase = 1", {}, "agent.grase: there is no such setting; the nearest is agent.grace"),
         ("[limits]\ngrace = 1", {}, "the nearest is agent.grace"),
         ("head_timeout = 1", {}, "the nearest is limits.head_timeout"),
-        ("[aggent]\ngrace = 1", {}, "aggent: there is no such setting; the nearest is agent"),
+        ("[aggent]\ngrace = 1", {}, "aggent: there is no such table; the nearest is agent"),
+        ("[agnt]\ncommand = []", {}, "agnt: there is no such table; the nearest is agent"),
         ("zzzzqqqq = 1", {}, "zzzzqqqq: there is no such setting"),
         ("", {"TENANTRY_BIN": "x"}, "env TENANTRY_BIN: there is no such setting; the nearest is TENANTRY_BIND"),
         ("", {"TENANTRY_TOKENS": "x"}, "the nearest is TENANTRY_TOKEN"),
