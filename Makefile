@@ -4,7 +4,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP_VERSION := 26.0
 # Versions come from the lock; `make lock` writes it anew.
-INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock
+# Twice quiet: errors alone. What setuptools warns of in every editable installation is nobody's concern.
+PIP := $(BIN)/pip install --quiet --quiet --disable-pip-version-check
+INSTALL := $(PIP) --constraint requirements.lock
 
 .PHONY: setup serve test check bench lock format clean
 
@@ -22,8 +24,9 @@ bench: .venv/bench
 	$(BIN)/python -m benchmarks $(ARGS)
 
 .venv/installed: pyproject.toml requirements.lock
+	@echo 'Setting up .venv; this is done once, and takes less than a minute.' >&2
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --disable-pip-version-check 'pip>=$(PIP_VERSION)'
+	@$(PIP) 'pip>=$(PIP_VERSION)'
 	@$(INSTALL) --editable .
 	@touch $@
 .venv/test .venv/check .venv/bench: .venv/%: .venv/installed
