@@ -178,7 +178,11 @@ def _query(wanted: type[msgspec.Struct]) -> msgspec.Struct:
         return msgspec.convert(values, wanted, strict=False)
     except ValueError as error:
         # ValidationError is one.
-        raise problems.BadQuery(f"the query is not what is asked for here: {error}") from None
+        raise problems.BadQuery(f"the query is not what is asked for here: {error}{_known(wanted)}") from None
+
+
+def _known(wanted: type[msgspec.Struct]) -> str:
+    return f"; known are: {', '.join(wanted.__struct_fields__)}" if wanted.__struct_fields__ else "; none is known"
 
 
 async def _body(wanted: type[msgspec.Struct]) -> msgspec.Struct:
@@ -191,7 +195,7 @@ async def _body(wanted: type[msgspec.Struct]) -> msgspec.Struct:
     try:
         return msgspec.json.decode(data, type=wanted)
     except msgspec.ValidationError as error:
-        raise problems.BadBody(f"the body is not what is asked for here: {error}") from None
+        raise problems.BadBody(f"the body is not what is asked for here: {error}{_known(wanted)}") from None
     except (msgspec.DecodeError, ValueError):
         raise problems.BadBody("the body is not JSON in UTF-8") from None
     except RecursionError:

@@ -47,7 +47,7 @@ class Nothing(Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class TenantBody(Struct, forbid_unknown_fields=True, frozen=True):
-    settings: Annotated[dict[str, Any], Meta(description="Replaces the tenant's settings.")] | None = None
+    settings: Annotated[dict[str, Any], Meta(description="Replaces what is kept with the tenant.")] | None = None
 
 
 class RevokeBody(Struct, forbid_unknown_fields=True, frozen=True):
@@ -88,7 +88,7 @@ class Tenant(Struct, forbid_unknown_fields=True, frozen=True):
     connections: Annotated[int, Meta(ge=0)]
     why_awake: list[str]
     sleeps_at: Annotated[Time, Meta(description="When it falls asleep if nothing happens.")] | None
-    settings: dict[str, Any]
+    settings: Annotated[dict[str, Any], Meta(description="Kept for whoever uses the API; the supervisor reads none.")]
 
 
 class TenantPage(Struct, forbid_unknown_fields=True, frozen=True):

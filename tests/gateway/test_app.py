@@ -362,6 +362,13 @@ async def test_the_refusal_of_a_body_names_the_field(app):
     for body, named in [({"scopes": ["root"]}, "scopes"), ({"ttl": 5}, "ttl"), ({"ttl_s": 0}, "ttl_s")]:
         reply = await app.request("POST", f"{T}/tokens", token=app.token("acme", "admin"), body=body)
         assert named in assert_problem(reply, 400, "bad_body")["detail"]
+
+
+async def test_the_refusal_of_an_unknown_field_names_those_that_are_known(app):
+    reply = await app.request("POST", f"{T}/tokens", token=app.token(None, "admin"), body={"ttl": 60})
+    assert assert_problem(reply, 400, "bad_body")["detail"].endswith("; known are: scopes, ttl_s, subject")
+    reply = await app.request("GET", "/v1/tenants?page=1", token=app.token(None, "admin"))
+    assert assert_problem(reply, 400, "bad_query")["detail"].endswith("; known are: after, limit")
     for body in ({"subject": "a\nb"}, {"ttl_s": 1e300}, {"scopes": []}):
         reply = await app.request("POST", f"{T}/tokens", token=app.token("acme", "admin"), body=body)
         assert reply.status == 400
