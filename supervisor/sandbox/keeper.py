@@ -153,12 +153,17 @@ class _Keeper:
         left = True
         while left:
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
+                pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
             except ChildProcessError:
                 left = False
                 break
             if pid == 0:
                 break
+            if os.WIFSTOPPED(status):
+                # Only an agent would stop the shim that is to end it.
+                if pid in self._shims:
+                    os.kill(pid, signal.SIGKILL)
+                continue
             if pid == self._supervisor:
                 code = os.waitstatus_to_exitcode(status)
                 self._status = code if code >= 0 else 128 - code

@@ -149,6 +149,17 @@ async def test_a_start_beside_a_murdered_shim_waits_until_its_tree_is_empty(test
     await until(lambda: tester.launcher.statistics().orphans_reaped >= 7, within_s=5)
 
 
+@pytest.mark.slow
+async def test_an_agent_that_stops_its_shim_ends_itself(tester):
+    """DESIGN 5: whatever the agent does. A stopped shim would hear neither of a kill nor of the keeper's end."""
+    stop = "os.kill(os.getppid(), signal.SIGSTOP)\n"
+    with trio.fail_after(20):
+        agent = await tester.finish(tester.python(FAMILY + stop + WAIT))
+        assert agent.exit_status == ExitStatus(-signal.SIGKILL)
+        assert tester.alive() == []
+        assert (await tester.finish(tester.shell("exit 3"))).exit_status == ExitStatus(3)
+
+
 async def test_a_murdered_shim_touches_no_other_agent(tester):
     with trio.fail_after(20):
         async with trio.open_nursery() as nursery:
