@@ -15,7 +15,7 @@ import subprocess
 import sys
 import termios
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -42,18 +42,19 @@ _UNFIT_FOR_CHILDREN = ("TENANTRY_LINK_FD",)
 
 # Takes the terminal on its input as the controlling one, and becomes the program. Why a program: considered
 # preexec_fn (unsafe with threads) and `sh -c` (a sandbox may have none; it adds variables of its own). The
-# environment comes as arguments, since Python would add to its own (PEP 538).
+# environment comes in a file, since Python would add to its own (PEP 538), and everybody can read arguments.
 _ON_TERMINAL = """\
 import os, signal, sys
 for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
     signal.signal(number, signal.SIG_DFL)
 os.login_tty(0)
-count = int(sys.argv[1])
-rest = sys.argv[2:]
+with open(int(sys.argv[1]), "rb") as file:
+    pairs = file.read().split(b"\\0")
+argv = sys.argv[2:]
 try:
-    os.execvpe(rest[count], rest[count:], dict(pair.split("=", 1) for pair in rest[:count]))
+    os.execvpe(argv[0], argv, dict(pair.split(b"=", 1) for pair in pairs if pair))
 except OSError as error:
-    sys.exit(f"{rest[count]}: {error.strerror}")
+    sys.exit(f"{argv[0]}: {error.strerror}")
 """
 
 # Sends a notification to the client; False once there is nobody to send to.
@@ -425,25 +426,36 @@ async def _spawn(process_id: str, command: Command, env: Mapping[str, str], sink
                 return Process(process_id, command, child.pid, sink, child, child.stdin, outputs)  # type: ignore[arg-type]
             ours, theirs = os.openpty()
             on_failure.callback(os.close, ours)
-            try:
+            with contextlib.ExitStack() as afterwards:
+                afterwards.callback(os.close, theirs)
+                file = afterwards.enter_context(_environment_file(env))
                 termios.tcsetwinsize(theirs, command.terminal)
-                pairs = [f"{name}={value}" for name, value in env.items()]
                 child = await trio.lowlevel.open_process(
-                    [sys.executable, "-I", "-S", "-c", _ON_TERMINAL, str(len(pairs)), *pairs, *command.argv],
+                    [sys.executable, "-I", "-S", "-c", _ON_TERMINAL, str(file), *command.argv],
                     stdin=theirs,
                     stdout=theirs,
                     stderr=theirs,
                     cwd=command.cwd,
                     env={},
+                    pass_fds=[file],
                     start_new_session=True,
                 )
-            finally:
-                os.close(theirs)
             terminal = trio.lowlevel.FdStream(ours)
             on_failure.pop_all()
             return Process(process_id, command, child.pid, sink, child, terminal, {"stdout": terminal})
         except (OSError, ValueError) as error:
             raise Failed("start_failed", f"{command.argv[0]}: {error}") from error
+
+
+@contextlib.contextmanager
+def _environment_file(env: Mapping[str, str]) -> Iterator[int]:
+    """A file in memory that holds `env` as a process has it, ready to be read."""
+    with open(os.memfd_create("environment"), "wb", buffering=0) as file:
+        rest = memoryview(b"\0".join(os.fsencode(f"{name}={value}") for name, value in env.items()))
+        while rest:
+            rest = rest[file.write(rest) :]
+        file.seek(0)
+        yield file.fileno()
 
 
 def _signal_name(returncode: int | None) -> str | None:

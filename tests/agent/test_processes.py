@@ -225,6 +225,26 @@ async def test_a_terminal_is_one_with_a_size(desk):
 
 
 @bounded
+async def test_the_environment_of_a_terminals_program_is_in_nobodys_arguments(desk, monkeypatch):
+    """Everybody on the machine can read the arguments of a process, and its environment only its owner."""
+    commands = []
+    open_process = trio.lowlevel.open_process
+
+    async def noting(command, **options):
+        commands.append(command)
+        return await open_process(command, **options)
+
+    monkeypatch.setattr(trio.lowlevel, "open_process", noting)
+    wire = await desk()
+    secret = "s3cret=\n\u00e9" + "x" * 100_000
+    started = await wire.call("process.start", argv=sh('printf %s "$KEY" | wc -c'), env={"KEY": secret}, pty={})
+    output, end = await wire.until_exit(started["id"])
+    assert end["returncode"] == 0
+    assert int(output["stdout"]) == len(secret.encode())
+    assert "s3cret" not in "".join(commands[0])
+
+
+@bounded
 async def test_control_c_on_a_terminal_is_a_signal(desk):
     wire = await desk()
     started = await wire.call("process.start", argv=["cat"], pty={})
