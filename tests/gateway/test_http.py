@@ -552,7 +552,7 @@ async def test_nothing_of_http_is_alive_after_an_upgrade(autojump_clock):
         return [
             thing
             for thing in gc.get_objects()
-            if type(thing).__module__.startswith(modules) and not isinstance(thing, kept)
+            if str(type(thing).__module__).startswith(modules) and not isinstance(thing, kept)
         ]
 
     kit = make_kit()
