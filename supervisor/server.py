@@ -108,8 +108,12 @@ async def _run_server(settings: Settings, control: socket.socket | None, announc
                         serving.start_soon(guard, server.supervisor)
                         announce(server)
             signals.cancel_scope.cancel(reason="the server has ended")
-    except* SupervisorError as group:
-        raise _first(group) from None
+    except BaseExceptionGroup as group:
+        # Why not `except*`: before Python 3.11.4 what is raised in one comes out in a group again.
+        ours, others = group.split(SupervisorError)
+        if ours is None or others is not None:
+            raise
+        raise _first(ours) from None
     finally:
         watchdog.disarm()
     return status
