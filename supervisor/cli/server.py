@@ -8,6 +8,7 @@ from __future__ import annotations
 import http.client
 import ipaddress
 import json
+import os
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -131,7 +132,7 @@ def find_server(settings: Settings, *, url: str | None, token: str | None) -> Se
         return Server(base, unix_path, lambda tenant: token)
     # A token that this machine's secret signed is shown to nobody else.
     here = unix_path is not None or not url or _is_loopback(urlsplit(base))
-    if not here or not settings.auth.enabled or not _secret_file(settings).exists():
+    if not here or not settings.auth.enabled or not os.path.exists(_secret_file(settings)):
         return Server(base, unix_path, lambda tenant: None)
     return Server(base, unix_path, own_token)
 

@@ -120,7 +120,8 @@ class Keeper:
     async def aclose(self) -> None:
         """Lets go of the keeper, and waits, shielded and at most 10 s, until it and its shims are gone."""
         pid, self._up = self.pid, trio.Event()
-        if await self._release() is None and self._init_control is None:
+        started = self._process is not None
+        if await self._release() is None and started:
             self._telemetry.log.error("keeper_stays", pid=pid, waited_s=_END_S)
 
     def _spawn(self) -> socket.socket:

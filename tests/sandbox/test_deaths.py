@@ -14,6 +14,9 @@ import trio
 from supervisor.sandbox import tree
 from supervisor.sandbox.keeper_client import KeeperDied
 from supervisor.sandbox.launcher import ExitStatus
+from supervisor.sandbox.process import open_process_launcher
+from supervisor.settings import Settings
+from supervisor.telemetry import captured_telemetry
 from tests.sandbox.kit import FAMILY, ROOT, WAIT, alive, open_tester, until
 
 # A supervisor of its own, with an agent and its family running.
@@ -222,15 +225,18 @@ async def test_a_dead_init_is_fatal(tmp_path):
     assert ours.fileno() == -1
 
 
-async def test_a_keeper_that_cannot_start_is_told(tmp_path, monkeypatch, capfd):
+async def test_a_keeper_that_cannot_start_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with trio.fail_after(10), pytest.raises(KeeperDied, match="ended"):
         async with open_tester(tmp_path):
             pytest.fail("started")
     monkeypatch.setattr(sys, "executable", "/no/python")
+    telemetry, events = captured_telemetry()
     with trio.fail_after(10), pytest.raises(KeeperDied, match="/no/python"):
-        async with open_tester(tmp_path):
+        async with open_process_launcher(Settings(), telemetry):
             pytest.fail("started")
+    # What never was cannot stay.
+    assert "keeper_stays" not in [event["event"] for event in events]
 
 
 async def test_without_a_keeper_a_start_fails_after_a_bounded_time(tmp_path, monkeypatch):
