@@ -27,7 +27,7 @@ bench: .venv/bench
 	@echo 'Setting up .venv; this is done once, and takes less than a minute.' >&2
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(PIP) 'pip>=$(PIP_VERSION)'
-	@$(INSTALL) --editable .
+	@$(INSTALL) --config-settings editable_mode=compat --editable .
 	@touch $@
 .venv/test .venv/check .venv/bench: .venv/%: .venv/installed
 	@$(INSTALL) --group $*

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import resource
 from functools import partial
 from typing import TYPE_CHECKING
@@ -107,6 +108,9 @@ async def _run_server(settings: Settings, control: socket.socket | None, announc
                         server = await serving.start(partial(serve, settings, telemetry=telemetry, control=control))
                         serving.start_soon(guard, server.supervisor)
                         announce(server)
+                        # What is loaded stays: a full collection would hold the loop up for a tenth of a second.
+                        gc.collect()
+                        gc.freeze()
             signals.cancel_scope.cancel(reason="the server has ended")
     except BaseExceptionGroup as group:
         # Why not `except*`: before Python 3.11.4 what is raised in one comes out in a group again.

@@ -30,9 +30,7 @@ trio.run(main)
 @pytest.mark.slow
 @pytest.mark.parametrize("after_s", [0.0, 0.05, 0.3])
 async def test_every_acknowledged_event_is_there_after_sigkill(tmp_path, after_s):
-    with subprocess.Popen(
-        [sys.executable, "-c", WRITER, tmp_path], stdout=subprocess.PIPE, text=True
-    ) as process:
+    with subprocess.Popen([sys.executable, "-c", WRITER, tmp_path], stdout=subprocess.PIPE, text=True) as process:
         lines = [process.stdout.readline()]
         time.sleep(after_s)  # noqa: ASYNC251
         process.kill()
