@@ -19,7 +19,7 @@ check: .venv/check
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/flake8 --select ASYNC --enable-visitor-codes-regex 'ASYNC(101|102|119|120|122)' supervisor agent
+	$(BIN)/flake8-async --enable=ASYNC101,ASYNC102,ASYNC119,ASYNC122 $$(find supervisor agent -name '*.py')
 bench: .venv/bench
 	$(BIN)/python -m benchmarks $(ARGS)
 

@@ -204,7 +204,7 @@ class Process:
                 self._gone = True
                 nursery.cancel_scope.cancel()
         finally:
-            await self._finish()
+            await self._finish()  # noqa: ASYNC102 (shields itself, bounded)
         await self._tell(
             "process.exit",
             {

@@ -7,10 +7,8 @@ There is no global state: two supervisors in one process do not meet.
 from __future__ import annotations
 
 import contextlib
-import shutil
 import time
 from collections import Counter
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -25,6 +23,7 @@ from supervisor.gateway.relay import Relay
 from supervisor.gateway.secret import load_or_create_secret
 from supervisor.gateway.upgrade import serve_upgrade
 from supervisor.sandbox.process import ProcessLauncher, open_process_launcher
+from supervisor.sandbox.workspace import remove_home
 from supervisor.store import open_store
 from supervisor.telemetry import measure_loop_lag, open_telemetry
 from supervisor.tenant.description import describe
@@ -193,7 +192,7 @@ class Supervisor:
             if tenant is not None:
                 tenant.end(Ending.DELETE)
                 await tenant.ended.wait()
-            await trio.to_thread.run_sync(partial(shutil.rmtree, self._home(name), onerror=_unless_missing))
+            await trio.to_thread.run_sync(remove_home, self._home(name))
             await self.store.delete_tenant(name)
         except OSError as error:
             raise Unavailable(f"the files of tenant {name!r} could not be removed: {error}") from error
@@ -234,10 +233,9 @@ class Supervisor:
         return await self.describe(name)
 
     async def tokens_valid_after(self, name: str) -> float:
-        """0.0 for a tenant that does not exist."""
+        """Also of a tenant that was deleted: its tokens stay revoked. 0.0 for a name that never was one."""
         tenant = self._tenants.get(name)
-        record = tenant.record if tenant is not None else await self.store.get_tenant(name)
-        return record.tokens_valid_after if record is not None else 0.0
+        return tenant.record.tokens_valid_after if tenant is not None else await self.store.tokens_valid_after(name)
 
     async def _on_upgrade(self, upgrade: Upgrade) -> None:
         await serve_upgrade(self, upgrade)
@@ -310,11 +308,6 @@ class Supervisor:
         metrics.drain_seconds.observe(took_s)
         self.telemetry.log.info("drain_ended", drained=drain.complete, took_s=round(took_s, 3))
         return drain.complete
-
-
-def _unless_missing(_function: object, _path: object, error: tuple[object, BaseException, object]) -> None:
-    if not isinstance(error[1], FileNotFoundError):
-        raise error[1]
 
 
 @contextlib.asynccontextmanager

@@ -145,8 +145,9 @@ class Metrics:
         self.bytes_down = self.bytes.labels("down")
 
     def count_close(self, code: int, side: str) -> None:
-        """Counts the end of a connection; codes that applications choose are counted by their thousand."""
-        self.closes.labels(str(code) if code < 3000 else f"{code // 1000}xxx", side).inc()
+        """Counts the end of a connection. A peer may send any number: what RFC 6455 and IANA do not know is `other`."""
+        label = str(code) if 1000 <= code <= 1014 else f"{code // 1000}xxx" if 3000 <= code <= 4999 else "other"
+        self.closes.labels(label, side).inc()
 
     def count_http(self, method: str, status: int) -> None:
         """Counts an HTTP answer; a method that nobody registered is `other`."""

@@ -16,7 +16,7 @@ import attrs
 import h11
 import trio
 
-from supervisor.errors import OverCapacity, SupervisorError, UnknownRoute
+from supervisor.errors import OverCapacity, Refused, SupervisorError, UnknownRoute
 from supervisor.gateway.heads import agent_head, problem_response
 from supervisor.gateway.http import say_and_close
 from supervisor.gateway.splice import Splice
@@ -45,12 +45,15 @@ class _ClientLeft(Exception):
 def route(target: str) -> tuple[str, str]:
     """The tenant and the agent's own target of `/v1/tenants/{tenant}/connect[/{path}][?query]`.
 
-    Raises UnknownRoute for every other path that asks for a WebSocket.
+    Raises UnknownRoute for every other path that asks for a WebSocket, Refused for an inner path of two slashes.
     """
     path, question, query = target.partition("?")
     match path.split("/", 5):
         case ["", "v1", "tenants", tenant, "connect", *rest]:
-            return tenant, "/" + "".join(rest) + question + query
+            inner = "/" + "".join(rest)
+            if inner.startswith("//"):
+                raise Refused("the agent's path begins with one slash: two would name a host to some readers")
+            return tenant, inner + question + query
     raise UnknownRoute("WebSockets are at /v1/tenants/{tenant}/connect[/{path}]")
 
 

@@ -77,6 +77,10 @@ class Store:
     async def get_tenant(self, name: str) -> TenantRecord | None:
         return await self.read(partial(tenants.get, name=name))
 
+    async def tokens_valid_after(self, name: str) -> float:
+        """The instant until which tokens for that name are revoked, a delete since then or not; 0.0 for none."""
+        return await self.read(partial(tenants.tokens_valid_after, name=name))
+
     async def put_tenant(self, name: str, settings: Mapping[str, object] | None = None) -> tuple[TenantRecord, bool]:
         """The tenant, and whether this created it. Settings of None keep what is there ({} for a new one).
 

@@ -33,6 +33,10 @@ _LIST = (
     .order_by(tenants.c.name)
     .limit(sa.bindparam("limit", type_=sa.BigInteger))
 )
+_VALID_AFTER = sa.union_all(
+    sa.select(tenants.c.tokens_valid_after).where(_name),
+    sa.select(former_tenants.c.tokens_valid_after).where(former_tenants.c.name == sa.bindparam("tenant")),
+)
 _SETTINGS = sa.update(tenants).where(_name).values(settings=sa.bindparam("new_settings")).returning(*tenants.c)
 _BEGIN_GENERATION = (
     sa.update(tenants)
@@ -83,6 +87,11 @@ _TAKE_COUNTERS = (
     .returning(former_tenants.c.generation, former_tenants.c.last_seq, former_tenants.c.tokens_valid_after)
 )
 _CREATE = sa.insert(tenants).returning(*tenants.c)
+
+
+def tokens_valid_after(connection: sa.Connection, name: str) -> float:
+    """Of the tenant, or of the last one that had the name; 0.0 if there was none."""
+    return float(connection.execute(_VALID_AFTER, {"tenant": name}).scalar() or 0.0)
 
 
 def get(connection: sa.Connection, name: str) -> TenantRecord | None:

@@ -1,6 +1,7 @@
-"""One HTTP upgrade spoken to an agent: a head goes out, the answer's head comes back; nothing is interpreted beyond it.
+"""One HTTP upgrade spoken to an agent: a head goes out, the answer comes back, and what may go on to the client.
 
-The agent's own bytes are kept as they came, so that the client gets them unchanged.
+The agent is not trusted: what it answers is parsed and written anew, so that no client and no proxy in front of us
+can be made to read two answers where there was one (RFC 9112 section 11.1).
 """
 
 from __future__ import annotations
@@ -22,9 +23,14 @@ MAX_HEAD_BYTES = 64 * 1024
 _RECEIVE_BYTES = 64 * 1024
 
 
+# Of one hop, or for a whole origin that tenants share.
+_NOT_PASSED_ON = frozenset({b"keep-alive", b"proxy-connection", b"set-cookie", b"te", b"trailer", b"transfer-encoding"})
+_MAX_ERROR_CHARS = 200
+
+
 @attrs.define(eq=False)
 class Answer:
-    """What an agent answered to an upgrade. `head` are its bytes; `rest` what came after them."""
+    """What an agent answered to an upgrade. `head` is for the client; after a 101, `rest` are its first bytes."""
 
     status: int
     head: bytes
@@ -32,30 +38,39 @@ class Answer:
     _http: h11.Connection
 
     async def body(self, stream: trio.abc.Stream) -> AsyncGenerator[bytes, None]:
-        """The bytes of a refusal's body as they stand on the wire, until HTTP says that it is whole.
+        """A refusal's body, and nothing that the agent sent after it. Ends with the connection, as `head` says.
 
-        Raises trio.BrokenResourceError if the agent ends it early. Cancellation loses nothing that was yielded.
+        Raises h11.RemoteProtocolError if its framing is wrong or it ends early, trio.BrokenResourceError.
         """
-        data = self.rest
         while True:
-            # The head was parsed already, so what h11 still holds is the body from its beginning.
-            if data:
-                yield data
-            while True:
-                event = self._http.next_event()
-                if isinstance(event, (h11.EndOfMessage, h11.ConnectionClosed)) or event is h11.PAUSED:
-                    return
-                if event is h11.NEED_DATA:
-                    break
-            data = bytes(await stream.receive_some(_RECEIVE_BYTES))
-            self._http.receive_data(data)
+            event = self._http.next_event()
+            if isinstance(event, h11.Data):
+                yield bytes(event.data)
+            elif event is h11.NEED_DATA:
+                self._http.receive_data(bytes(await stream.receive_some(_RECEIVE_BYTES)))
+            else:
+                return
+
+
+def _head(event: h11.InformationalResponse | h11.Response) -> bytes:
+    """The agent's head in its own order and spelling, without what must not go on."""
+    switching = event.status_code == 101
+    lines = [b"HTTP/1.1 %d %s" % (event.status_code, event.reason)]
+    for name, value in event.headers.raw_items():
+        key = name.lower()
+        if key in _NOT_PASSED_ON or (key in (b"connection", b"upgrade") and not switching):
+            continue
+        lines.append(b"%s: %s" % (name, value))
+    if not switching:
+        lines.append(b"Connection: close")
+    return b"\r\n".join(lines) + b"\r\n\r\n"
 
 
 def _agent_said(http: h11.Connection) -> h11.InformationalResponse | h11.Response | None:
     try:
         event = http.next_event()
     except h11.RemoteProtocolError as error:
-        raise AgentProtocolError(f"the agent's answer is not HTTP/1.1: {error}") from None
+        raise AgentProtocolError(f"the agent's answer is not HTTP/1.1: {str(error)[:_MAX_ERROR_CHARS]}") from None
     if event is h11.NEED_DATA:
         return None
     assert isinstance(event, (h11.InformationalResponse, h11.Response))
@@ -88,13 +103,12 @@ async def exchange(stream: trio.abc.Stream, head: bytes) -> Answer:
             http.receive_data(data)
             while (event := _agent_said(http)) is not None:
                 rest = http.trailing_data[0]
-                answer_head = received[: len(received) - len(rest)]
-                if len(answer_head) > MAX_HEAD_BYTES:
+                if len(received) - len(rest) > MAX_HEAD_BYTES:
                     raise AgentProtocolError(
                         f"the agent's answer is not HTTP/1.1: its head is longer than {MAX_HEAD_BYTES} bytes"
                     )
                 if event.status_code == 101 or event.status_code >= 200:
-                    return Answer(event.status_code, answer_head, rest, http)
+                    return Answer(event.status_code, _head(event), rest, http)
                 received = rest  # 100, 103: not the answer yet
     except (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
         raise AgentUnreachable("the agent broke the connection before it answered") from None

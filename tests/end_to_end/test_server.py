@@ -286,3 +286,37 @@ async def test_a_program_that_does_not_exist_is_named():
                 pass
         assert refused.value.status == 503
         assert b"/no/such/agent" in refused.value.body
+
+
+async def test_a_tree_that_is_hard_to_remove_is_removed_with_its_tenant():
+    """Deep, without modes, and with a link out of it."""
+    async with open_house() as house:
+        await house.supervisor.wake("acme", create=True)
+        home = Path(house.settings.state_dir) / "tenants" / "acme"
+        outside = Path(house.settings.state_dir) / "outside"
+        outside.write_text("kept")
+        top = os.open(home / "workspace", os.O_RDONLY)
+        os.symlink(outside, "link", dir_fd=top)
+        for _ in range(1500):
+            os.mkdir("d", dir_fd=top)
+            below = os.open("d", os.O_RDONLY, dir_fd=top)
+            os.close(top)
+            top = below
+        os.close(top)
+        (home / "workspace" / "d").chmod(0)
+        await house.supervisor.delete_tenant("acme")
+        assert not home.exists()
+        assert outside.read_text() == "kept"
+
+
+async def test_a_delete_does_not_undo_a_revocation():
+    async with open_house() as house:
+        token = house.token()
+        await house.supervisor.wake("acme", create=True)
+        await house.supervisor.revoke("acme", time.time() + 1)
+        await house.supervisor.delete_tenant("acme")
+        with pytest.raises(ConnectionRejected) as refused:
+            async with house.client(headers=[("Authorization", f"Bearer {token}")]):
+                pass
+        assert refused.value.status == 401
+        assert await house.supervisor.list_tenants() == []
