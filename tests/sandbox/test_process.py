@@ -32,6 +32,9 @@ while True:
     connection.close()
 """
 
+# 32 and 33 belong to the C library, which lets no program change them: they stay as whoever started us left them.
+C_LIBRARY_SIGNALS = 1 << 31 | 1 << 32
+
 
 # Statuses and the end of the tree
 
@@ -268,6 +271,8 @@ async def test_signals_privileges_and_limits_are_as_promised(tmp_path):
     ignored = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     try:
         async with open_tester(tmp_path, Settings(sandbox=sandbox)) as tester:
+            # The keeper has them now; a thread that is made from here on, and lives longer than this test, must not.
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             await tester.finish(tester.spec("/bin/cat", "/proc/self/status"))
             status = dict(line.split(":\t", 1) for line in tester.lines())
             await tester.finish(tester.spec("/bin/cat", "/proc/self/limits"))
@@ -276,7 +281,7 @@ async def test_signals_privileges_and_limits_are_as_promised(tmp_path):
         signal.signal(signal.SIGUSR2, ignored)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     for mask in ("SigBlk", "SigIgn", "SigCgt", "SigPnd", "ShdPnd"):
-        assert int(status[mask], 16) == 0, mask
+        assert int(status[mask], 16) & ~C_LIBRARY_SIGNALS == 0, mask
     assert status["NoNewPrivs"] == "1"
     assert limits["Max open files"] == ["100", "100"]
     assert limits["Max file size"] == ["5000000", "5000000"]
