@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import trio
 
 from supervisor.client import ConnectionClosed, ConnectionRejected
 from supervisor.settings import Settings
 from supervisor.testing import faults
-from supervisor.testing.agents import echo_agent, in_turn
+from supervisor.testing.agents import echo_agent, in_turn, serving
 
 
 async def test_a_connection_idle_for_5_minutes_still_answers(supervisor, tenant_client, autojump_clock):
@@ -47,6 +49,33 @@ class TestAKilledAgent:
             await websocket.send("back")
             assert await websocket.receive() == "back"
         assert trio.current_time() - began == 12
+
+
+class TestAnAgentThatDiesOfAMessage:
+    received: ClassVar[list[str]] = []
+
+    @pytest.fixture
+    def agent_app(self):
+        async def converse(connection):
+            await connection.accept()
+            async for message in connection.messages():
+                self.received.append(message)
+                connection.context.exit(-9)
+
+        return serving(converse)
+
+    async def test_does_not_get_it_a_second_time(self, supervisor, tenant_client, autojump_clock):
+        """S3-19: a connection is retried, a message never."""
+        self.received.clear()
+        async with tenant_client("acme") as websocket:
+            await websocket.send("once")
+            with pytest.raises(ConnectionClosed) as closed:
+                await websocket.receive()
+            assert closed.value.code == 1012
+        async with tenant_client("acme"):
+            await trio.sleep(30)
+        assert self.received == ["once"]
+        assert len(supervisor.launcher.starts) == 2
 
 
 class TestADrain:

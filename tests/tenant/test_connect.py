@@ -126,6 +126,7 @@ async def test_an_agent_that_never_answers_is_replaced_after_start_timeout(autoj
 
 
 async def test_a_slow_start_within_its_time_is_waited_for(autojump_clock):
+    """S3-26: 30 s for a first start."""
     async with open_house(faults.slow_start(25)) as house:
         assert await house.use() == 1
         assert house.now == 25

@@ -37,6 +37,7 @@ def test_with_sleep_with_connections_only_data_is_work():
 
 
 def test_never_is_never():
+    """S3-22: and it is a setting, so it outlives a restart."""
     idleness = idle(sleep_after_s=None)
     assert idleness.sleeps_at(connections=0, callers=0) is None
     assert idleness.why_awake(connections=0, callers=0, now=0.0) == ["sleep_after is never"]

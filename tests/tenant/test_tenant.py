@@ -81,6 +81,33 @@ async def test_an_idle_tenant_sleeps_after_sleep_after(autojump_clock):
         assert await house.use() == 2
 
 
+async def test_the_first_window_is_the_one_that_is_set(autojump_clock):
+    """S3-23: not a default that was in force before the setting was read."""
+    async with open_house(echo_agent, sleep_after_s=7200.0) as house:
+        await house.use()
+        await trio.sleep(7199)
+        assert house.tenant.state is State.RUNNING
+        await trio.sleep(2)
+        assert house.tenant.state is State.ASLEEP
+
+
+async def test_only_a_connect_or_a_wake_wakes(autojump_clock):
+    """S3-33: not a disconnect, a look or a touch, else nobody would ever sleep."""
+    async with open_house(echo_agent, sleep_after_s=600.0) as house, trio.open_nursery() as nursery:
+        await house.use()
+        client = FakeClient()
+        await nursery.start(client.stay, house.tenant)
+        await house.tenant.sleep()
+        assert client.closed == [1001]
+        house.tenant.describe()
+        house.tenant.touch()
+        await trio.sleep(50)
+        assert house.tenant.state is State.ASLEEP
+        await house.tenant.wake()
+        assert house.tenant.state is State.RUNNING
+        assert house.tenant.record.generation == 2
+
+
 async def test_a_connection_idle_for_an_hour_keeps_its_agent(autojump_clock):
     """S3-18, S3-20: an open connection is work."""
     async with open_house(echo_agent) as house, trio.open_nursery() as nursery:
@@ -196,6 +223,7 @@ async def test_an_ended_tenant_takes_no_client(autojump_clock):
 
 
 async def test_a_tenant_with_nothing_to_do_is_forgotten(autojump_clock):
+    """S3-17: no deadline is armed again and again for something that is gone."""
     async with open_house(echo_agent, sleep_after_s=10.0) as house:
         await house.use()
         await trio.sleep(60)
