@@ -41,7 +41,7 @@ class AgentSettings:
 
 @attrs.frozen(kw_only=True)
 class AuthSettings:
-    """Who may come in (DESIGN: auth is on from the first run)."""
+    """Who may come in; auth is on from the first run."""
 
     enabled: bool = True
     # None: `secret` in the state directory, made at the first start with mode 0600.

@@ -76,7 +76,7 @@ def ready(process):
 @pytest.mark.slow
 @pytest.mark.parametrize("after_ms", [0, 1, 3, 6, 10, 20, 40, 80, 160, 400])
 def test_pid_1_loses_no_sigterm_from_its_first_statement_on(namespace, after_ms):
-    """PITFALLS 5.1, 11.3: while importing, while it becomes the init, while the supervisor starts, and after."""
+    """While importing, while it becomes the init, while the supervisor starts, and after."""
     with boot(*namespace) as process:
         pid = first(process)
         # Not SIGTERM: unshare blocks that one too, for a while before it becomes our program.
@@ -120,7 +120,7 @@ def test_pid_1_passes_on_what_stops_a_service(namespace, number):
 
 @pytest.mark.slow
 def test_pid_1_reaps_every_orphan_and_steals_no_status(namespace):
-    """PITFALLS 4.3: 60 children of the supervisor and 60 agents, each of which leaves an orphan."""
+    """60 children of the supervisor and 60 agents, each of which leaves an orphan."""
     with boot(*namespace, MODE="orphans") as process:
         output, _ = process.communicate(timeout=60)
     assert output == "wrong 0 zombies 0\ndrained\n"

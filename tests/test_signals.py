@@ -25,7 +25,7 @@ def python(code, **kwargs):
 
 
 async def test_each_signal_is_the_next_action_and_the_last_one_stays():
-    """DESIGN 8: 1st drains, 2nd shortens the grace, 3rd forces."""
+    """1st drains, 2nd shortens the grace, 3rd forces."""
     seen = []
     actions = [lambda number, name=name: seen.append((name, number)) for name in ("drain", "hurry", "force")]
     with trio.fail_after(5):
@@ -44,7 +44,7 @@ async def test_each_signal_is_the_next_action_and_the_last_one_stays():
 
 
 async def test_a_signal_that_waited_is_the_first_and_the_mask_is_as_before_in_the_end():
-    """PITFALLS 5.2: blocked from the program's first statement, unblocked once the receiver is open."""
+    """Blocked from the program's first statement, unblocked once the receiver is open."""
     seen = []
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     try:
@@ -63,7 +63,7 @@ async def test_a_signal_that_waited_is_the_first_and_the_mask_is_as_before_in_th
 
 @pytest.mark.slow
 def test_a_late_impatient_signal_changes_no_exit_status():
-    """PITFALLS 5.3: a receiver that closes sends itself again what was not taken."""
+    """A receiver that closes sends itself again what was not taken."""
     code = """
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 async def main():
@@ -101,7 +101,7 @@ trio.run(main)
 
 @pytest.mark.slow
 def test_the_watchdog_ends_a_blocked_loop_with_70_and_one_line():
-    """DESIGN 8: a drain that does not end is ended, whatever holds it."""
+    """A drain that does not end is ended, whatever holds it."""
     code = """
 async def main():
     Watchdog().arm(0.1, "drain")

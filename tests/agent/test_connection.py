@@ -115,7 +115,7 @@ async def test_what_comes_after_1009_is_dropped_until_the_peer_closes(serve, aut
 
 
 async def test_a_ping_that_crosses_our_close_does_not_break_the_close(serve, autojump_clock, capsys):
-    """PITFALLS 3.1: the library raises out of its reader for it."""
+    """The library raises out of its reader for it."""
 
     async def leave(ws):
         return
@@ -185,7 +185,7 @@ async def test_a_peer_that_is_heard_is_not_dropped_for_its_pongs(serve, autojump
 
 
 async def test_a_slow_handler_does_not_make_its_peer_look_dead(serve, autojump_clock):
-    """PITFALLS 3.6: with a full queue the reader sees no pong; that is not the peer's fault."""
+    """With a full queue the reader sees no pong; that is not the peer's fault."""
 
     async def slow(ws):
         await trio.sleep(1000)
@@ -226,7 +226,7 @@ async def test_the_queue_of_a_connection_is_bounded(serve, autojump_clock):
 
 
 async def test_nothing_follows_half_a_frame(serve, autojump_clock):
-    """PITFALLS 3.8: after a cancelled send the library would swallow the next in silence."""
+    """After a cancelled send the library would swallow the next in silence."""
     results = []
 
     async def impatient(ws):
@@ -257,7 +257,7 @@ async def test_nothing_follows_half_a_frame(serve, autojump_clock):
 
 
 async def test_close_is_bounded_and_closes_the_stream_whatever_the_peer_does(serve, autojump_clock):
-    """PITFALLS 3.9: aclose alone waits for the peer for ever."""
+    """Aclose alone waits for the peer for ever."""
 
     async def leave(ws):
         return

@@ -247,7 +247,7 @@ async def until_executed(pid):
 
 @bounded
 async def test_a_signal_during_its_start_is_not_lost(start):
-    """PITFALLS 11.3: the bundled agent blocks signals before it imports anything slow."""
+    """The bundled agent blocks signals before it imports anything slow."""
     for delay in (0.03, 0.05, 0.08, 0.1):
         agent = start(AGENTS["python"])
         await until_executed(agent.process.pid)

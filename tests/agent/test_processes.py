@@ -139,7 +139,7 @@ async def test_the_environment_is_clean_and_the_place_the_workspace(desk, tmp_pa
 @bounded
 @pytest.mark.parametrize("pty", [{}, {"pty": {}}])
 async def test_a_child_has_no_descriptor_signal_mask_or_disposition_of_ours(desk, pty):
-    """PITFALLS 4.12."""
+    """A program starts with the signals as a shell would give them."""
     wire = await desk()
     signal.pthread_sigmask(signal.SIG_BLOCK, set())
     started = await wire.call(
@@ -370,7 +370,7 @@ async def test_a_job_in_a_group_of_its_own_is_ended_too(desk, tmp_path):
 
 @bounded
 async def test_what_a_command_leaves_behind_is_ended_and_told(desk, tmp_path):
-    """PITFALLS 4.7: a grandchild that holds the pipe delays the exit by a bounded time, and is killed."""
+    """A grandchild that holds the pipe delays the exit by a bounded time, and is killed."""
     wire = await desk()
     start = trio.current_time()
     started = await wire.call("process.start", argv=sh("sleep 1000 & echo $! > pid; echo done"))

@@ -59,7 +59,7 @@ async def test_a_request_that_is_no_upgrade_is_refused_and_the_stream_closed(ser
 
 @pytest.mark.parametrize("sent", [b"", b"GET /echo HT", head()[:-2]])
 async def test_a_slow_head_is_given_up_after_10_s(serve, autojump_clock, sent):
-    """PITFALLS 3.10: the library's server side has no deadline of its own."""
+    """The library's server side has no deadline of its own."""
     stream = serve().stream()
     start = trio.current_time()
     await stream.send_all(sent)
@@ -69,7 +69,7 @@ async def test_a_slow_head_is_given_up_after_10_s(serve, autojump_clock, sent):
 
 @pytest.mark.parametrize("sent", [b"", b"GET /echo HT", head()])
 async def test_a_peer_that_leaves_in_the_handshake_is_let_go_at_once(autojump_clock, capsys, sent):
-    """PITFALLS 3.2: the library waits for ever."""
+    """The library waits for ever."""
     server = Server({"/echo": echo}.get)
     ours, theirs = trio.testing.memory_stream_pair()
     start = trio.current_time()

@@ -139,7 +139,7 @@ async def code_at_the_end(websocket, seconds=10.0):
 
 @pytest.mark.parametrize("victims", [("supervisor",), ("keeper",), ("supervisor", "keeper"), ("keeper", "supervisor")])
 async def test_nothing_outlives_sigkill_and_the_next_start_finds_a_clean_house(victims, tmp_path):
-    """DESIGN decision 5, with grandchildren that called setsid and ignore SIGTERM."""
+    """With grandchildren that called setsid and ignore SIGTERM."""
     state = tmp_path / "state"
     async with program(state, command=misbehave("forks-grandchildren")) as first, contextlib.AsyncExitStack() as stack:
         websocket = await stack.enter_async_context(first.client())
@@ -223,7 +223,7 @@ def _blocks(pid, number):
 
 
 async def test_as_pid_1_it_serves_drains_and_exits_with_0(tmp_path):
-    """DESIGN decisions 5 and 8: PID 1 of a PID namespace is the init, and passes SIGTERM on."""
+    """PID 1 of a PID namespace is the init, and passes SIGTERM on."""
     if why := why_no_namespace():
         pytest.skip(f"no PID namespace: {why}")
     async with program(tmp_path / "state", prefix=NAMESPACE) as server, server.client() as websocket:

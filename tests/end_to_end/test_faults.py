@@ -117,7 +117,7 @@ async def test_a_client_inside_a_frame_is_aborted_and_counted():
 
 
 async def test_the_tail_of_a_dying_agent_arrives_before_1012():
-    """PITFALLS: a naive pair of pumps delivered a tenth of it."""
+    """A naive pair of pumps delivered a tenth of it."""
     async with open_house(misbehave("sends-and-dies", 81920)) as house, house.client() as websocket:
         await websocket.send("go")
         tail = 0
@@ -183,7 +183,7 @@ async def test_a_drain_is_not_held_up(fault):
 
 
 async def test_grandchildren_are_gone_with_their_agent():
-    """DESIGN decision 7: all of the process tree, `setsid` and double forks included."""
+    """All of the process tree, `setsid` and double forks included."""
     async with open_house(misbehave("forks-grandchildren")) as house:
         async with house.client() as websocket:
             await websocket.send("hi")

@@ -128,7 +128,7 @@ async def test_sigterm_closes_every_connection_with_1012_and_later_ones_get_503(
     ],
 )
 async def test_bad_input_gets_a_clear_4xx_and_starts_nothing(name, head, status):
-    """S3-01, and DESIGN: nothing is started or changed by a request that is at fault."""
+    """S3-01: nothing is started or changed by a request that is at fault."""
     async with open_house() as house:
         head = head.format(auth=f"Authorization: Bearer {house.token()}\r\n") + "\r\n"
         with trio.fail_after(10):
@@ -140,7 +140,7 @@ async def test_bad_input_gets_a_clear_4xx_and_starts_nothing(name, head, status)
 
 
 async def test_the_agent_sees_a_clean_head_and_who_connected():
-    """DESIGN decision 2: what the client proved its right with does not go on."""
+    """What the client proved its right with does not go on."""
     async with open_house() as house:
         token = house.token()
         headers = [
@@ -172,7 +172,7 @@ async def test_the_token_is_in_no_log_and_in_no_environment_of_an_agent():
 
 
 async def test_a_ticket_opens_one_websocket_and_no_second():
-    """DESIGN decision 11."""
+    """Browsers cannot send a header with a WebSocket: a ticket in the address is good once."""
     async with open_house() as house:
         authenticator = house.supervisor.authenticator
         principal = authenticator.verify(house.token())

@@ -174,7 +174,7 @@ async def put(kit: Kit, pieces: list[bytes], *, then: str) -> bytes:
 
 
 async def test_no_malformed_request_reaches_another_connection():
-    """PITFALLS 1.1: the inputs that ended Hypercorn's own server, and more; each answered with a clear 4xx."""
+    """The inputs that ended Hypercorn's own server, and more; each answered with a clear 4xx."""
     async with quiet_front() as kit:
         other = await kit.connect()
         for name, (data, status) in HTTP_INPUTS.items():
@@ -193,7 +193,7 @@ async def test_no_malformed_request_reaches_another_connection():
 
 
 async def test_no_eager_frame_and_no_reset_disturbs_an_upgrade():
-    """PITFALLS 1.1: frames in the same segment as the request, behind it, and cut off by a reset."""
+    """Frames in the same segment as the request, behind it, and cut off by a reset."""
     async with quiet_front() as kit:
         for name, data in FRAMES.items():
             answer = await put(kit, [UPGRADE + data], then="end")
@@ -236,7 +236,7 @@ SMUGGLING = {
 
 
 async def test_what_a_proxy_could_frame_differently_is_refused():
-    """PITFALLS 1.18: and nothing behind the first request is taken for a second one."""
+    """And nothing behind the first request is taken for a second one."""
     async with quiet_front() as kit:
         for name, (rest, status) in SMUGGLING.items():
             before = len(kit.app.scopes)
@@ -432,7 +432,7 @@ async def served_until_done(kit: Kit):
 
 @pytest.mark.slow
 async def test_the_end_closes_idle_connections_and_gives_answers_their_time():
-    """DESIGN decision 8: new requests still get an answer while draining; then all HTTP ends, in bounded time."""
+    """New requests still get an answer while draining; then all HTTP ends, in bounded time."""
     kit = make_kit()
     async with served_until_done(kit):
         idle, streaming, upgraded = [await kit.connect() for _ in range(3)]
@@ -467,7 +467,7 @@ async def test_the_end_closes_idle_connections_and_gives_answers_their_time():
 @pytest.mark.slow
 @pytest.mark.parametrize("path", [b"/big", b"/stream", b"/forever", b"/impatient"])
 async def test_a_client_that_does_not_read_holds_up_no_end(path):
-    """PITFALLS 1.2: Hypercorn's own shutdown hangs until such a client leaves."""
+    """Hypercorn's own shutdown hangs until such a client leaves."""
     kit = make_kit(limits={"answer_stall_s": 3600})
     fds_before = fds()
     stuck = []
@@ -549,7 +549,7 @@ trio.run(main)
 
 @pytest.mark.slow
 def test_a_process_without_fds_says_so_once_and_recovers():
-    """PITFALLS of accept: EMFILE neither ends the loop nor spins it nor fills the log."""
+    """EMFILE neither ends the loop nor spins it nor fills the log."""
     done = subprocess.run(
         [sys.executable, "-c", STARVED], capture_output=True, text=True, timeout=30, cwd=os.getcwd(), check=False
     )

@@ -213,7 +213,7 @@ def test_no_host_and_two_hosts_are_refused():
     ],
 )
 def test_framing_and_versions_have_one_reading(fields, version, status):
-    """PITFALLS of smuggling: what a proxy in front could frame differently is refused."""
+    """What a proxy in front could frame differently is refused."""
     refusal = heads.refusal(request(fields=[("Host", "x"), *fields], version=version))
     assert (refusal and refusal.status) == status
 
@@ -372,7 +372,7 @@ def test_the_agent_gets_the_clients_head_in_its_order_and_spelling():
     ],
 )
 def test_what_is_ours_or_this_hops_does_not_reach_the_agent(name):
-    """DESIGN decision 2: the token never reaches an agent, and no client speaks in our name."""
+    """The token never reaches an agent, and no client speaks in our name."""
     fields = [*UPGRADE, ("Connection", "x-named"), (name, "secret")]
     assert "secret" not in "\n".join(agent_lines(fields))
 

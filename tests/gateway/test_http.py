@@ -93,7 +93,7 @@ async def test_an_answer_has_a_date_and_no_banner(autojump_clock):
 
 
 async def test_an_upgrade_of_another_kind_is_served_as_http(autojump_clock):
-    """PITFALLS 1.11: neither h2c nor prior knowledge leads to HTTP/2."""
+    """Neither h2c nor prior knowledge leads to HTTP/2."""
     settings = b"HTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA"
     h2c = request(b"GET /ok", b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", settings)
     answer = await ask(make_kit(), h2c + h2c)
@@ -128,7 +128,7 @@ async def test_a_client_that_waits_for_100_continue_gets_it_once(autojump_clock)
 )
 @pytest.mark.parametrize("behind", [b"", b"\r\n", PLAIN, b"\x00garbage"])
 async def test_a_last_request_ends_the_connection_whatever_follows(last, behind, autojump_clock):
-    """PITFALLS 1.16, RFC 9112 section 9.6."""
+    """RFC 9112 section 9.6."""
     kit = make_kit()
     async with connected(kit) as client:
         began = trio.current_time()
@@ -191,7 +191,7 @@ async def test_an_app_that_fails_inside_its_answer_cuts_it_off_visibly(autojump_
 
 
 async def test_an_app_that_answers_without_reading_the_body_ends_the_connection(autojump_clock):
-    """PITFALLS 1.4: nothing waits for an app that has returned."""
+    """Nothing waits for an app that has returned."""
     kit = make_kit()
     body = b"".join(b"1\r\nx\r\n" for _ in range(100))
     async with connected(kit) as client:
@@ -231,7 +231,7 @@ async def test_an_app_that_has_answered_is_told_that_its_client_is_gone_as_often
 
 
 async def test_a_write_that_the_app_gives_up_ends_the_connection_at_once(autojump_clock):
-    """PITFALLS 1.2: the app's timeout works, and nothing follows half a write."""
+    """The app's timeout works, and nothing follows half a write."""
     kit = make_kit()
     async with connected(kit, lockstep) as client:
         began = trio.current_time()
@@ -305,7 +305,7 @@ async def test_a_kept_alive_connection_is_closed_when_idle_and_its_next_head_has
 
 @pytest.mark.parametrize("sent", [b"", b"hel"])
 async def test_a_slow_body_gets_408_and_its_app_is_cancelled(sent, autojump_clock):
-    """PITFALLS 1.17."""
+    """A body that drips is no reason to hold a connection."""
     kit = make_kit()
     async with connected(kit) as client:
         began = trio.current_time()
@@ -365,7 +365,7 @@ async def test_an_apps_slowness_in_taking_a_body_is_not_the_clients(autojump_clo
 
 
 async def test_a_client_that_does_not_read_is_given_up_after_a_minute(autojump_clock):
-    """PITFALLS 1.2, 1.17: a write without progress ends, and with it the app and the connection."""
+    """A write without progress ends, and with it the app and the connection."""
     kit = make_kit()
     async with connected(kit, lockstep) as client:
         await client.send_all(request(b"GET /big"))
@@ -499,7 +499,7 @@ async def test_a_refusal_of_head_has_no_body(autojump_clock):
 @pytest.mark.parametrize("eager", [b"", b"\x81\x85abcd.....", b"x" * 100_000])
 @pytest.mark.parametrize("at_once", [True, False])
 async def test_an_upgrade_takes_the_stream_wherever_it_comes(before, answered, eager, at_once, autojump_clock):
-    """PITFALLS 1.1: first, kept alive or pipelined, with eager frames in the same segment or behind."""
+    """First, kept alive or pipelined, with eager frames in the same segment or behind."""
     kit = make_kit()
     async with connected(kit) as client:
         if at_once:
@@ -768,7 +768,7 @@ def quart_app():
 
 
 async def test_quart_trio_connections_close_when_told_to(autojump_clock):
-    """PITFALLS 1.16: 50 of 50 stayed open under Hypercorn's own connection class."""
+    """50 of 50 stayed open under Hypercorn's own connection class."""
     kit = make_kit(app=quart_app())
     for last in (request(b"GET /ok", b"Connection: close"), b"GET /ok HTTP/1.0\r\nHost: x\r\n\r\n"):
         async with connected(kit) as client:
@@ -782,7 +782,7 @@ async def test_quart_trio_connections_close_when_told_to(autojump_clock):
 
 @pytest.mark.parametrize("path", ["forever", "stream"])
 async def test_a_quart_trio_handler_ends_when_its_client_leaves(path, autojump_clock):
-    """PITFALLS 2.6."""
+    """Whoever leaves takes the work for it along."""
     app = quart_app()
     kit = make_kit(app=app)
     async with connected(kit) as client:
@@ -798,7 +798,7 @@ async def test_a_quart_trio_handler_ends_when_its_client_leaves(path, autojump_c
 
 
 def test_hypercorns_settings_are_those_we_know(monkeypatch):
-    """PITFALLS 1.12, 1.13: a key that Hypercorn does not read is an error, and it writes nowhere by itself."""
+    """A key that Hypercorn does not read is an error, and it writes nowhere by itself."""
     config = parser.hypercorn_config(LimitSettings())
     assert config.log.error_logger.name == "tenantry.http"
     assert config.log.access_logger is None

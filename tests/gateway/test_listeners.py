@@ -206,7 +206,7 @@ async def test_a_socket_that_replaced_ours_is_left_alone(tmp_path):
 
 
 async def test_a_unix_path_may_be_longer_than_the_kernel_takes(tmp_path):
-    """PITFALLS 11.5."""
+    """The kernel takes 107 bytes of a path."""
     directory = tmp_path / ("d" * 100)
     directory.mkdir()
     path = directory / "s"

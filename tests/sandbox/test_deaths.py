@@ -74,7 +74,7 @@ async def boss(home, mark):
 @pytest.mark.slow
 @pytest.mark.parametrize("victims", ["supervisor", "keeper", "supervisor and keeper", "shim", "supervisor and shim"])
 async def test_nothing_is_alive_2_seconds_after_sigkill_of(tmp_path, victims):
-    """DESIGN 5: whatever the agent does. `setsid`, double forks and ignored signals are in FAMILY."""
+    """Whatever the agent does. `setsid`, double forks and ignored signals are in FAMILY."""
     mark = f"boss-{os.getpid()}-{victims}"
     with trio.fail_after(30):
         async with boss(tmp_path, mark) as (process, keeper, agent):
@@ -106,7 +106,7 @@ async def test_the_next_start_after_a_killed_supervisor_finds_a_clean_house(tmp_
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["kill", "murdered shim", "murdered keeper"])
 async def test_two_generations_never_overlap_in_a_home(tester, way):
-    """DESIGN 5: the lock is held until the tree is empty, also if its holder is killed."""
+    """The lock is held until the tree is empty, also if its holder is killed."""
     beat = tester.file("beat")
     with trio.fail_after(60):
         # A keeper that died at once is started again a second later.
@@ -154,7 +154,7 @@ async def test_a_start_beside_a_murdered_shim_waits_until_its_tree_is_empty(test
 
 @pytest.mark.slow
 async def test_an_agent_that_stops_its_shim_ends_itself(tester):
-    """DESIGN 5: whatever the agent does. A stopped shim would hear neither of a kill nor of the keeper's end."""
+    """Whatever the agent does. A stopped shim would hear neither of a kill nor of the keeper's end."""
     stop = "os.kill(os.getppid(), signal.SIGSTOP)\n"
     with trio.fail_after(20):
         agent = await tester.finish(tester.python(FAMILY + stop + WAIT))
@@ -177,7 +177,7 @@ async def test_a_murdered_shim_touches_no_other_agent(tester):
 
 
 async def test_a_dead_keeper_is_replaced_and_its_agents_have_ended(tester):
-    """DESIGN 5: the tenants recover by the ladder; a start in between waits."""
+    """The tenants recover by the ladder; a start in between waits."""
     first = tester.launcher.statistics().keeper_pid
     with trio.fail_after(20):
         async with trio.open_nursery() as nursery:

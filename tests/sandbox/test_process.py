@@ -41,7 +41,7 @@ C_LIBRARY_SIGNALS = 1 << 31 | 1 << 32
 
 @pytest.mark.slow
 async def test_200_exit_statuses_are_all_right(tester):
-    """DESIGN 5: no status is lost, stolen or mixed up, also not with twenty starts side by side."""
+    """No status is lost, stolen or mixed up, also not with twenty starts side by side."""
     seen = {}
 
     async def run(number, limit):
@@ -61,7 +61,7 @@ async def test_200_exit_statuses_are_all_right(tester):
 
 
 async def test_exit_is_told_before_the_rest_of_the_tree_is_gone_and_run_returns_after(tester):
-    """DESIGN 6: the exit of the main process is seen at once; `run` owns the whole tree."""
+    """The exit of the main process is seen at once; `run` owns the whole tree."""
     returned = trio.Event()
 
     async def run(task_status):
@@ -82,7 +82,7 @@ async def test_exit_is_told_before_the_rest_of_the_tree_is_gone_and_run_returns_
 
 @pytest.mark.parametrize("way", ["kill", "cancel"])
 async def test_setsid_grandchildren_that_ignore_sigterm_are_dead_after(tester, way):
-    """DESIGN 7: all of the process tree or nothing."""
+    """All of the process tree or nothing."""
     with trio.fail_after(20):
         async with trio.open_nursery() as nursery:
             agent = await nursery.start(tester.launcher.run, tester.python(FAMILY + WAIT))
@@ -97,7 +97,7 @@ async def test_setsid_grandchildren_that_ignore_sigterm_are_dead_after(tester, w
 
 
 async def test_sigterm_goes_to_the_main_process_alone(tester):
-    """DESIGN 7: systemd's KillMode=mixed."""
+    """Systemd's KillMode=mixed."""
     code = """
     import os, signal, time
     if os.fork() == 0:
@@ -217,7 +217,7 @@ async def test_a_fork_bomb_loses(tester, body):
 
 
 async def test_the_agent_gets_what_is_promised_and_nothing_else(tester, monkeypatch):
-    """DESIGN 4 and the contract 1 and 3: fds, environment, directory, session."""
+    """The contract, 1 and 3: fds, environment, directory, session."""
     monkeypatch.setenv("SECRET_OF_THE_SUPERVISOR", "x")
     code = """
     import json, os, socket, sys
@@ -264,7 +264,7 @@ async def test_the_agent_gets_what_is_promised_and_nothing_else(tester, monkeypa
 
 
 async def test_signals_privileges_and_limits_are_as_promised(tmp_path):
-    """DESIGN decision 5, issue 4: mask empty, dispositions default, no_new_privs, rlimits, no core."""
+    """Mask empty, dispositions default, no_new_privs, rlimits, no core."""
     sandbox = SandboxSettings(open_files=100, file_size_bytes=5_000_000, cpu_time_s=60, processes=3000)
     blocked = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
@@ -387,7 +387,7 @@ async def test_the_limit_on_open_files_fails_a_start_clearly_and_is_recovered_fr
 
 
 async def test_a_busy_workspace_fails_the_start_after_its_time(tester, monkeypatch):
-    """DESIGN 5: no generation starts without the lock."""
+    """No generation starts without the lock."""
     monkeypatch.setattr(process_module, "_LOCK_TIMEOUT_S", 0.1)
     async with trio.open_nursery() as nursery:
         await nursery.start(tester.launcher.run, tester.spec("/bin/sleep", "100"))
@@ -427,7 +427,7 @@ async def test_a_start_cancelled_while_it_waits_for_the_lock_ends_at_once(tester
 
 
 async def test_a_connection_reaches_the_agent_and_nothing_of_the_socket_is_on_disk(tester):
-    """DESIGN 4: no path limit, no stale file, nothing for a neighbour to find."""
+    """No path limit, no stale file, nothing for a neighbour to find."""
     deep = tester.home / ("d" * 200)
     with trio.fail_after(10):
         async with trio.open_nursery() as nursery:
@@ -442,7 +442,7 @@ async def test_a_connection_reaches_the_agent_and_nothing_of_the_socket_is_on_di
 
 
 async def test_a_connection_to_a_dead_agent_is_refused_at_once(tester):
-    """PITFALLS 11.4: no copy of the listener is left to hang in, before the exit is told or after."""
+    """No copy of the listener is left to hang in, before the exit is told or after."""
     with trio.fail_after(10):
         async with trio.open_nursery() as nursery:
             agent = await nursery.start(tester.launcher.run, tester.python(SERVE))
@@ -460,7 +460,7 @@ async def test_a_connection_to_a_dead_agent_is_refused_at_once(tester):
 
 
 async def test_a_full_backlog_is_waited_for(tester):
-    """PITFALLS 11.1: EAGAIN means wait, never failed and never connected."""
+    """EAGAIN means wait, never failed and never connected."""
     code = """
     import os, socket, time
     listener = socket.socket(fileno=3)
@@ -499,7 +499,7 @@ async def test_a_full_backlog_is_waited_for(tester):
 
 
 async def test_an_exit_ends_those_who_wait_for_a_full_backlog(tester):
-    """DESIGN 6: an exit ends waiting connects at once."""
+    """An exit ends waiting connects at once."""
     code = """
     import socket, time
     listener = socket.socket(fileno=3)
@@ -553,7 +553,7 @@ async def test_the_link_is_a_stream_to_the_agents_fd_4_and_closed_at_the_end(tes
 
 
 async def test_cpu_seconds_counts_the_whole_tree_and_never_falls(tester):
-    """DESIGN 12: processor use defers sleep, whoever of the tree uses it."""
+    """Processor use defers sleep, whoever of the tree uses it."""
     code = """
     import os, time
     def burn():

@@ -307,7 +307,7 @@ async def cancel_once(gate, scope):
 
 
 async def test_a_supervisor_that_is_cancelled_can_still_write_its_last_states(tmp_path, nothing_left):
-    """DESIGN 8: the states of the drain are written while everything around is cancelled."""
+    """The states of the drain are written while everything around is cancelled."""
     with trio.CancelScope() as scope:
         async with open_store(tmp_path) as store:
             await store.put_tenant("a")

@@ -133,7 +133,7 @@ async def test_a_slow_start_within_its_time_is_waited_for(autojump_clock):
 
 
 async def test_an_exit_ends_the_wait_at_once_and_begins_the_next_rung(autojump_clock):
-    """DESIGN: death is seen, not guessed; nothing polls."""
+    """Death is seen, not guessed; nothing polls."""
     async with open_house(in_turn(faults.dies_at_the_upgrade(), echo_agent)) as house:
         assert await house.use() == 2
         assert house.start_times == [0, 1]

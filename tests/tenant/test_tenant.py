@@ -331,7 +331,7 @@ async def test_a_disk_that_fills_up_stops_no_sleep_and_its_events_are_stored_lat
 
 
 async def test_cancelling_the_tenant_ends_its_agent_and_everybody_who_waits(autojump_clock):
-    """DESIGN decision 1: cancelling a tenant's nursery ends all of it."""
+    """Cancelling a tenant's nursery ends all of it."""
     from pathlib import Path
 
     from supervisor.settings import Settings

@@ -106,7 +106,7 @@ async def test_an_answer_that_is_final_passes_at_once(world, status, autojump_cl
 async def test_the_client_gets_the_tail_and_the_right_close(
     world, fault, arguments, received, code, within_s, autojump_clock
 ):
-    """DESIGN 2 and 8: every message that the agent sent, then a Close that tells the truth."""
+    """Every message that the agent sent, then a Close that tells the truth."""
     async with world(fault(*arguments)) as world:
         async with world.connect("alice") as websocket:
             await websocket.send("now")
