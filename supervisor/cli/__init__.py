@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 # sysexits(3), where it has a word for it.
 USAGE: Final = 64
 UNAVAILABLE: Final = 69
-HARD_DEADLINE: Final = 70
 IO_ERROR: Final = 74
 NOT_ALLOWED: Final = 77
 CONFIGURATION: Final = 78
